@@ -1,0 +1,210 @@
+"""Every option of a run, in one flat dataclass, and how it is filled.
+
+A config file is a Python file that binds `config = Config(...)` (or `dataclasses.replace` of another config); the
+command line then changes single options as `key=value`. All checks that need no model are made here, so that a mistake
+costs a second and one clear line (InputError, exit code 2) instead of an hour.
+"""
+
+import dataclasses
+import difflib
+import json
+import runpy
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+class InputError(Exception):
+    """Something that was given is wrong. The message is one line: where, what, remedy. Entry points exit with 2."""
+
+
+def option(default, meaning: str, choices: tuple = ()):
+    """A dataclass field that carries its meaning for --help and the values it may take."""
+    return field(default=default, metadata={"meaning": meaning, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    # what is trained, on whom
+    run: str = option("", "run directory; empty: runs/<name of the config file>")
+    model: str = option("models/smollm2-135m-instruct", "local HF folder or hub name; or a shape file configs/shapes/*.json for random weights")
+    tokenizer: str = option("", "folder or hub name of the tokenizer; empty: the model's own")
+    algorithm: str = option("ppo", "ppo (GAE and a critic) or grpo (group-relative advantages)", ("ppo", "grpo"))
+    profiles: str = option("data/en_train.jsonl", "training profiles, JSON lines")
+    eval_profiles: str = option("data/en_test.jsonl", "profiles of the benchmark and of periodic evaluation")
+    user: str = option("offline", "who the simulated user is: offline (no LLM, deterministic)", ("offline",))
+    user_mode: str = option("vanilla", "vanilla, or challenging (hides its need and is moved only by what serves it)", ("vanilla", "challenging"))
+    think: bool = option(False, "reply after a <think> block; thoughts are removed before anybody sees the reply")
+    system: str = option("", "file with the policy's system prompt; empty: prompts/policy_{en,zh}{,_think}.txt")
+    seed: int = option(0, "seed of data order, sampling noise and new weights")
+    # rollout
+    groups: int = option(8, "profiles per step")
+    group_size: int = option(4, "dialogues per profile")
+    max_turns: int = option(8, "replies of the policy per dialogue, all of them appraised")
+    slots: int = option(32, "dialogues generated at the same time")
+    reply_tokens: int = option(1024, "cap on sampled tokens a turn, thoughts included")
+    context_tokens: int = option(8192, "cap on a dialogue's tokens, prompt included")
+    temperature: float = option(1.0, "sampling temperature; enters the training log-probs too")
+    start_emotion: float = option(30.0, "emotion a training dialogue starts with (RLVER 30, SAGE 40)")
+    # optimisation
+    steps: int = option(350, "optimisation steps (rollout + update)")
+    lr: float = option(1e-6, "learning rate of the policy, constant after warm-up")
+    warmup: int = option(20, "steps of linear warm-up of the policy's learning rate")
+    critic: str = option("trunk", "PPO's critic: trunk (a model of its own) or head (a value head on the policy)", ("trunk", "head"))
+    critic_lr: float = option(5e-6, "learning rate of the critic (or of the value head)")
+    critic_warmup: int = option(50, "steps of linear warm-up of the critic's learning rate")
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay, on matrices only")
+    grad_clip: float = option(1.0, "largest gradient norm")
+    minibatches: int = option(1, "optimiser steps per iteration; 1: on-policy, old log-probs are the forward's own")
+    epochs: int = option(1, "passes over the batch per iteration")
+    micro_tokens: int = option(8192, "tokens per forward and backward; any value gives the same gradient")
+    checkpointing: bool = option(False, "recompute activations in the backward pass")
+    # losses
+    clip: float = option(0.2, "PPO's clip range of the ratio")
+    value_clip: float = option(0.5, "clip range of the value around its old prediction")
+    vf_coef: float = option(0.5, "weight of the value loss where the critic is a head on the policy")
+    gamma: float = option(1.0, "discount per trained token")
+    lam: float = option(1.0, "GAE's lambda")
+    entropy_coef: float = option(0.001, "weight of the entropy bonus")
+    kl_coef: float = option(0.0, "weight of the KL to the initial policy; 0: no reference model is loaded")
+    kl: str = option("loss", "where the KL enters: loss (k2) or reward (k1)", ("loss", "reward"))
+    scale_advantage: bool = option(True, "GRPO: divide by the group's standard deviation; PPO: whiten the advantages")
+    # evaluation and bookkeeping
+    eval_every: int = option(0, "evaluate every so many steps; 0: never during training")
+    eval_dialogues: int = option(1, "evaluation dialogues per profile")
+    eval_max_turns: int = option(10, "replies per evaluation dialogue, the last of which is not appraised (SAGE: 10, 9 scored)")
+    eval_temperature: float = option(1.0, "sampling temperature of evaluation")
+    eval_start_emotion: float = option(40.0, "emotion an evaluation dialogue starts with (SAGE 40)")
+    eval_seed: int = option(1000, "seed of evaluation noise")
+    eval_user_mode: str = option("vanilla", "user of the evaluation", ("vanilla", "challenging"))
+    save_every: int = option(5, "steps between checkpoints; the last step is always saved; 0: only the last")
+    keep: int = option(2, "checkpoints kept")
+    resume: str = option("auto", "auto (newest checkpoint of the run), none (refuse a run that exists), or a checkpoint folder")
+    device: str = option("auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
+    threads: int = option(0, "CPU threads; 0: torch's default")
+
+
+# On resume these may differ from the saved config; anything else would silently change what the run means.
+MAY_CHANGE = ("steps", "save_every", "keep", "eval_every", "resume", "run", "threads", "device")
+
+
+def load_config(argv: list[str]) -> Config:
+    """Config from `[FILE.py] key=value ...`. Raises InputError naming the key and the nearest valid one."""
+    files = [arg for arg in argv if "=" not in arg]
+    if len(files) > 1:
+        raise InputError(f"{files[1]}: one config file is expected, and options as key=value")
+    config = read_config_file(files[0]) if files else Config()
+    changes = {}
+    for arg in argv:
+        if "=" in arg:
+            key, text = arg.split("=", 1)
+            changes[key.removeprefix("--")] = text
+    config = apply(config, changes)
+    if not config.run:
+        config = dataclasses.replace(config, run=f"runs/{Path(files[0]).stem if files else 'default'}")
+    return check(config)
+
+
+def read_config_file(path: str) -> Config:
+    """The `config` that a Python config file binds."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such config file; see configs/")
+    sys.path.insert(0, str(Path(path).resolve().parent))
+    try:
+        names = runpy.run_path(path)
+    except TypeError as error:  # Config(unknwon=1): Python's message names the key
+        word = str(error).rsplit("'", 2)
+        raise InputError(f"{path}: {error}{nearest(word[1]) if len(word) == 3 else ''}") from None
+    except (SyntaxError, NameError, ImportError) as error:
+        raise InputError(f"{path}: {type(error).__name__}: {error}") from None
+    finally:
+        sys.path.pop(0)
+    if not isinstance(names.get("config"), Config):
+        raise InputError(f"{path}: binds no `config = Config(...)`")
+    return names["config"]
+
+
+def nearest(key: str) -> str:
+    """A hint at the valid option whose name is nearest."""
+    near = difflib.get_close_matches(key, [f.name for f in dataclasses.fields(Config)], 1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else "; `python train.py --help` lists all options"
+
+
+def apply(config: Config, changes: dict[str, str]) -> Config:
+    """The config with options replaced from their command-line text."""
+    types = {f.name: f.type for f in dataclasses.fields(Config)}
+    values = {}
+    for key, text in changes.items():
+        if key not in types:
+            raise InputError(f"unknown option {key!r}{nearest(key)}")
+        values[key] = parse(key, text, types[key])
+    return dataclasses.replace(config, **values)
+
+
+def parse(key: str, text: str, kind: type):
+    """One value from its text. Raises InputError for text that is not of the option's type."""
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+        return kind(text)
+    except (ValueError, KeyError):
+        name = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        raise InputError(f"option {key!r} is {name}, not {text!r}; write {key}={getattr(Config(), key)}") from None
+
+
+def check(config: Config) -> Config:
+    """Types, choices, ranges and combinations. Returns the config; raises InputError."""
+    for f in dataclasses.fields(Config):
+        value = getattr(config, f.name)
+        if f.type is float and type(value) is int:
+            value = float(value)
+            config = dataclasses.replace(config, **{f.name: value})
+        if type(value) is not f.type:
+            raise InputError(f"option {f.name!r} is of type {f.type.__name__}, not {type(value).__name__} ({value!r})")
+        if f.metadata["choices"] and value not in f.metadata["choices"]:
+            near = difflib.get_close_matches(value, f.metadata["choices"], 1)
+            raise InputError(f"option {f.name!r} is one of {', '.join(f.metadata['choices'])}, not {value!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    for key in ("groups", "group_size", "max_turns", "slots", "reply_tokens", "steps", "minibatches", "epochs", "micro_tokens", "eval_dialogues", "eval_max_turns", "keep"):
+        if getattr(config, key) < 1:
+            raise InputError(f"option {key!r} must be at least 1, not {getattr(config, key)}")
+    for key in ("lr", "critic_lr", "temperature", "eval_temperature", "grad_clip", "clip"):
+        if not getattr(config, key) > 0:
+            raise InputError(f"option {key!r} must be above 0, not {getattr(config, key)}")
+    for key in ("warmup", "critic_warmup", "weight_decay", "value_clip", "vf_coef", "entropy_coef", "kl_coef", "eval_every", "save_every", "threads"):
+        if getattr(config, key) < 0:
+            raise InputError(f"option {key!r} must not be negative, not {getattr(config, key)}")
+    for key in ("gamma", "lam"):
+        if not 0 <= getattr(config, key) <= 1:
+            raise InputError(f"option {key!r} must be within 0..1, not {getattr(config, key)}")
+    for key in ("start_emotion", "eval_start_emotion"):
+        if not 10 <= getattr(config, key) < 100:
+            raise InputError(f"option {key!r} must be in 10..99, where a dialogue can begin, not {getattr(config, key)}")
+    if config.algorithm == "grpo" and config.group_size < 2:
+        raise InputError("option 'group_size' must be at least 2 for grpo: a group of one has no baseline; or set algorithm=ppo")
+    if config.reply_tokens >= config.context_tokens:
+        raise InputError(f"option 'reply_tokens' ({config.reply_tokens}) must be below 'context_tokens' ({config.context_tokens})")
+    if config.groups * config.group_size < config.minibatches:
+        raise InputError(f"option 'minibatches' ({config.minibatches}) exceeds the dialogues of a step ({config.groups * config.group_size})")
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """The resolved config as JSON."""
+    path.write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+
+
+def read_saved(path: Path) -> Config:
+    """A config that `save_config` wrote."""
+    try:
+        return check(Config(**json.loads(path.read_text())))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: not a saved config ({error})") from None
+
+
+def help_text(command: str) -> str:
+    """Every option with its default and meaning."""
+    lines = [f"usage: {command}", "", "Options, written key=value after the config file (defaults in brackets):", ""]
+    for f in dataclasses.fields(Config):
+        shown = repr(f.default) if isinstance(f.default, str) else str(f.default)
+        lines.append(f"  {f.name:<19} {f.metadata['meaning']} [{shown}]")
+    return "\n".join(lines)

@@ -1,0 +1,379 @@
+"""The Transformer: Qwen2/2.5, Qwen3 and the Llama family in one class, read from and written to Hugging Face folders.
+
+Module names are Hugging Face's, so loading needs no map. The model does not know who is asking: `forward` takes packed
+token ids, their positions, and an attention context, a callable `attend(layer, q, k, v) -> out`. `PackedAttention`
+below is the context for training (documents side by side); `engine.py` has the one for generation (a KV cache).
+
+Shape suffixes: T packed tokens, N trained tokens, D width, H query heads, G key/value heads, K head width, V vocabulary.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from config import InputError
+
+FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the architecture needs to know, read from a Hugging Face config.json."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    norm_eps: float
+    tied: bool
+    qkv_bias: bool
+    output_bias: bool
+    qk_norm: bool
+    max_position: int
+    init_std: float = 0.02
+
+    @classmethod
+    def from_hf(cls, raw: dict, where: str) -> "ModelConfig":
+        """From a parsed config.json. Raises InputError for what this model cannot compute exactly."""
+        family = raw.get("model_type")
+        if family not in FAMILIES:
+            raise InputError(f"{where}: architecture {family!r} is not supported; known are {', '.join(FAMILIES)}")
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            raise InputError(f"{where}: rope scaling {rope.get('rope_type', rope.get('type'))!r} is not supported; use a model without it")
+        if raw.get("use_sliding_window") or raw.get("mlp_bias") or raw.get("hidden_act", "silu") != "silu":
+            raise InputError(f"{where}: sliding windows, MLP biases and activations other than silu are not supported")
+        try:
+            heads = raw["num_attention_heads"]
+            bias = raw.get("attention_bias", False)
+            return cls(
+                family=family,
+                vocab_size=raw["vocab_size"],
+                hidden_size=raw["hidden_size"],
+                intermediate_size=raw["intermediate_size"],
+                num_layers=raw["num_hidden_layers"],
+                num_heads=heads,
+                num_kv_heads=raw.get("num_key_value_heads") or heads,
+                head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+                rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
+                norm_eps=raw["rms_norm_eps"],
+                tied=raw.get("tie_word_embeddings", False),
+                qkv_bias=family == "qwen2" or bias,
+                output_bias=bias and family != "qwen2",
+                qk_norm=family == "qwen3",
+                max_position=raw["max_position_embeddings"],
+                init_std=raw.get("initializer_range", 0.02),
+            )
+        except KeyError as error:
+            raise InputError(f"{where}: key {error} is missing; is this a model's config.json?") from None
+
+
+def rope_tables(position_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """fp32 cos and sin, each [T, 1, K]. A function, not buffers: nothing to cast to bf16 or to lose on the meta device."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_T.device) / head_dim)
+    angle = position_T.float()[:, None] * frequency
+    angle = torch.cat([angle, angle], dim=-1)[:, None, :]
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [T, heads, K], halves paired as in Hugging Face's checkpoints."""
+    half = x.shape[-1] // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+    return (x.float() * cos + turned.float() * sin).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=c.output_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+
+    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend) -> Tensor:
+        q, k, v = (proj(x_TD).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
+        return self.o_proj(attend(layer, q, k, v).flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.self_attn = Attention(c)
+        self.mlp = MLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, layer, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Trunk(nn.Module):
+    """Embedding, blocks and final norm: what policy and critic have in common."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_layers))
+        self.norm = RMSNorm(c.hidden_size, c.norm_eps)
+
+
+class Transformer(nn.Module):
+    """A causal language model without its last step: `forward` gives hidden states, `output_weight` turns them into logits.
+
+    `raw` is the Hugging Face config.json, kept to be written back unchanged.
+    """
+
+    def __init__(self, raw: dict, where: str = "config.json"):
+        super().__init__()
+        self.raw = raw
+        self.config = c = ModelConfig.from_hf(raw, where)
+        self.model = Trunk(c)
+        self.lm_head = None if c.tied else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.checkpointing = False
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The output layer's weight [V, D]."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, tokens_T: Tensor, position_T: Tensor, attend) -> Tensor:
+        """Final hidden states [T, D] of packed tokens; `attend(layer, q_THK, k_TGK, v_TGK) -> out_THK`."""
+        x = self.model.embed_tokens(tokens_T)
+        rope = rope_tables(position_T, self.config.head_dim, self.config.rope_theta)
+        for index, block in enumerate(self.model.layers):
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, index, attend, use_reentrant=False)
+            else:
+                x = block(x, rope, index, attend)
+        return self.model.norm(x)
+
+    def init_weights(self, seed: int) -> None:
+        """Random weights (normal, Hugging Face's initializer_range), a function of the seed alone."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=self.config.init_std, generator=generator)
+            else:
+                nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+
+
+class ValueHead(nn.Module):
+    """Hidden states [N, D] to values [N], in fp32. Starts as a constant: weight zero, bias at the mean reward."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, hidden_ND: Tensor) -> Tensor:
+        return hidden_ND.float() @ self.weight + self.bias
+
+
+try:  # the symbol, not the module: flash-attn-4 alone imports as flash_attn without it
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
+
+
+class PackedAttention:
+    """Attention context for training: documents side by side, each causal within itself.
+
+    `cu_seqlens` are the documents' ends, [0, len_0, len_0 + len_1, ...]. flash-attn serves on CUDA in half precision,
+    a loop of scaled_dot_product_attention over the documents everywhere else.
+    """
+
+    def __init__(self, cu_seqlens: list[int], device: torch.device):
+        self.bounds = list(zip(cu_seqlens[:-1], cu_seqlens[1:]))
+        self.longest = max(end - begin for begin, end in self.bounds)
+        self.cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if flash_attn_varlen_func is not None and q.is_cuda and q.dtype != torch.float32:
+            return flash_attn_varlen_func(q, k, v, self.cu_seqlens, self.cu_seqlens, self.longest, self.longest, causal=True)
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, heads, T, K]
+        pieces = [
+            F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, enable_gqa=True)
+            for a, b in self.bounds
+        ]
+        return torch.cat(pieces, dim=2)[0].transpose(0, 1)
+
+
+def predictors(mask_T: Tensor) -> Tensor:
+    """Indices [N] of the hidden states that predict the trained tokens: t - 1 for every t with mask 1, in order.
+
+    The only place where the shift by one happens. Everything else speaks of token t at index t. The first token of a
+    document is always prompt, so t - 1 lies in the same document.
+        tokens  P P S S P S      mask  0 0 1 1 0 1      trained t  2 3 5      predictors  1 2 4
+    """
+    return mask_T.nonzero().squeeze(1) - 1
+
+
+def token_logprobs(
+    hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, banned_V: Tensor, temperature: float, chunk: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the targets and entropies, each [N] in fp32, of softmax(logits / temperature).
+
+    Banned ids have probability zero, as in the sampler. Works through `chunk` tokens at a time and recomputes their
+    logits in the backward pass, so that [N, V] never exists.
+    """
+
+    def piece(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        logits = sampling_logits(hidden, weight, banned_V, temperature)
+        logp = logits - logits.logsumexp(-1, keepdim=True)
+        entropy = -(logp.exp() * logp.masked_fill(banned_V, 0.0)).sum(-1)
+        return logp.gather(-1, target[:, None]).squeeze(-1), entropy
+
+    parts = [
+        checkpoint(piece, hidden_ND[a : a + chunk], weight_VD, target_N[a : a + chunk], use_reentrant=False)
+        for a in range(0, max(1, len(target_N)), chunk)
+    ]
+    return torch.cat([logp for logp, _ in parts]), torch.cat([entropy for _, entropy in parts])
+
+
+def sampling_logits(hidden_ND: Tensor, weight_VD: Tensor, banned_V: Tensor, temperature: float) -> Tensor:
+    """The fp32 logits [N, V] that are sampled from and trained on: divided by the temperature, banned ids at -inf."""
+    return (F.linear(hidden_ND, weight_VD).float() / temperature).masked_fill(banned_V, -math.inf)
+
+
+def banned_ids(tokenizer, vocab_size: int, stop_ids: tuple[int, ...]) -> Tensor:
+    """Boolean [V]: ids beyond the tokenizer and special ids other than the stop ids. A sampled <|im_start|> would forge a turn."""
+    banned = torch.zeros(vocab_size, dtype=torch.bool)
+    banned[len(tokenizer) :] = True
+    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    banned[[i for i in special if i < vocab_size and i not in stop_ids]] = True
+    return banned
+
+
+def find_folder(name: str) -> Path:
+    """The local folder of a model: `name` itself, or the hub's snapshot. Raises InputError where there is none."""
+    if Path(name).is_dir():
+        return Path(name)
+    if name.count("/") != 1 or name.startswith((".", "/", "models/", "runs/")):
+        raise InputError(f"{name}: no such model folder; `make demo` makes models/smollm2-135m-instruct, or give a hub name like Qwen/Qwen2.5-7B-Instruct")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "merges.txt", "*.jinja"]))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise InputError(f"{name}: neither a folder here nor to be had from the hub ({type(error).__name__})") from None
+
+
+def load_model(name: str, seed: int = 0) -> Transformer:
+    """A Transformer in fp32 from a Hugging Face folder or hub name, or with random weights from a shape file (*.json).
+
+    Loading is strict: raises InputError for missing, unknown, misshapen or damaged tensors.
+    """
+    if name.endswith(".json"):
+        model = Transformer(read_json(Path(name)), name)
+        model.init_weights(seed)
+        return model
+    folder = find_folder(name)
+    raw = read_json(folder / "config.json")
+    with torch.device("meta"):
+        model = Transformer(raw, str(folder / "config.json"))
+    index = folder / "model.safetensors.index.json"
+    files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors.update(read_tensors(folder / file))
+    load_strictly(model, tensors, str(folder))
+    return model
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises InputError if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; a Hugging Face model folder is expected") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file. Raises InputError if it is missing, truncated or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; weights are read from safetensors only") from None
+    except SafetensorError as error:
+        raise InputError(f"{path}: truncated or damaged ({error}); fetch or write it again") from None
+
+
+def load_strictly(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Fill a module (possibly on the meta device) in fp32. A tied model's lm_head and old rotary buffers are passed over."""
+    expected = {name: parameter.shape for name, parameter in module.named_parameters()}
+    tensors = {n: t for n, t in tensors.items() if not n.endswith("rotary_emb.inv_freq")}
+    if "lm_head.weight" not in expected:
+        tensors.pop("lm_head.weight", None)
+    for problem, names in (("missing", expected.keys() - tensors.keys()), ("unknown", tensors.keys() - expected.keys())):
+        if names:
+            raise InputError(f"{where}: {len(names)} {problem} tensors, for example {min(names)}; the weights do not fit config.json")
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise InputError(f"{where}: tensor {name} has shape {tuple(tensors[name].shape)}, not {tuple(shape)} as config.json says")
+    module.load_state_dict({n: t.float() for n, t in tensors.items()}, assign=True)
+    module.requires_grad_(True)
+
+
+def save_model(model: Transformer, tokenizer, folder: Path) -> None:
+    """Write a Hugging Face folder: config.json, model.safetensors, tokenizer. Written aside, then renamed."""
+    aside = folder.with_name(folder.name + ".partial")
+    aside.mkdir(parents=True, exist_ok=True)
+    raw = {**model.raw, "architectures": [FAMILIES[model.config.family]], "dtype": "float32"}
+    raw.pop("torch_dtype", None)
+    (aside / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    save_file({n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}, aside / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save_pretrained(aside)
+    if folder.exists():
+        old = folder.with_name(folder.name + ".old")
+        os.replace(folder, old)
+        os.replace(aside, folder)
+        for file in old.iterdir():
+            file.unlink()
+        old.rmdir()
+    else:
+        os.replace(aside, folder)

@@ -1,0 +1,220 @@
+"""The people the policy talks with, as far as every kind of user shares them.
+
+Here live the Profile (who somebody is, and what they secretly hope to get from the talk), the rules of emotion as
+data (where it starts, how far one reply can move it, when the dialogue ends), the record of an appraisal, and the
+protocol that every user follows. A user is any object with three methods, `start`, `tell` and `poll`; `offline.py`
+holds one that needs no language model. What the policy says and how it is generated is `rollout.py`'s business.
+
+Sources: RLVER (arXiv 2507.03112), section 2; SAGE (arXiv 2505.02847), section 2 and its released logs.
+"""
+
+import difflib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from config import InputError
+
+# Hidden intentions: canonical id -> (label in the released profiles, English label). The first four are "emotional",
+# the others "rational" (SAGE's two groups).
+INTENTIONS = {
+    "praise": ("你希望对方真诚地夸奖你在事件中的具体行为", "sincere praise of what I did"),
+    "listening": ("你希望对方用心倾听你的情绪宣泄", "attentive listening while I vent"),
+    "empathy": ("你希望对方深刻共情你的感受，而不是简单的安慰", "deep empathy, not mere comfort"),
+    "agreement": ("你认为自己在事件中没有任何责任和错误，你想要对方也认同你没有错", "agreement that I am not at fault"),
+    "analysis": ("你希望对方辩证地分析事件中的问题", "dialectical analysis of the matter"),
+    "advice": ("你想获得能真实帮助你解决当下困境的建议", "advice that really helps"),
+    "motives": ("你想分析事件中其他人物这么做的原因", "why the others acted so"),
+    "growth": ("你希望对方引导你针对事件进行自我反思，收获自我成长", "guide me to reflect and grow"),
+}
+PERSONA_TYPES = {
+    "negative": ("负面型", "negative"),
+    "passive": ("被动型", "passive"),
+    "avoidant": ("回避型", "avoidant"),
+}
+LANGUAGES = ("en", "zh")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One simulated person. `intention` and `persona_type` are canonical ids; `first_talk` is None if the user opens."""
+
+    id: str
+    persona: str
+    scene: str
+    intention: str
+    persona_type: str
+    language: str
+    first_talk: str | None = None
+    topic: str = ""
+    traits: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EmotionRules:
+    """How emotion moves: e' = clip(e + clip(change, -clamp, clamp), floor, ceiling), and where a dialogue ends.
+
+    SAGE ends a dialogue as a success at 100 and as a failure below 10. The released training code starts at 30 and
+    neither clamps nor floors; we keep its start and use SAGE's clamp and endings in training too (RLVER, section 2).
+    """
+
+    start: float = 30.0
+    clamp: float = 10.0
+    floor: float = 0.0
+    ceiling: float = 100.0
+    content: float = 100.0  # at or above: the user has what they came for
+    left: float = 10.0  # below: the user gives up
+
+    def change(self, raw: float) -> float:
+        """The appraised change limited to -clamp..clamp."""
+        return max(-self.clamp, min(self.clamp, raw))
+
+    def step(self, emotion: float, change: float) -> float:
+        """The emotion after an appraisal with this change."""
+        return max(self.floor, min(self.ceiling, emotion + self.change(change)))
+
+    def ending(self, emotion: float) -> str | None:
+        """"content" or "left" where the emotion ends the dialogue, else None."""
+        if emotion >= self.content:
+            return "content"
+        return "left" if emotion < self.left else None
+
+
+def band(emotion: float) -> str:
+    """SAGE's letter for an emotion: S (100), A (70 and up), B (40), C (10), F (below 10)."""
+    return next((letter for letter, low in (("S", 100), ("A", 70), ("B", 40), ("C", 10)) if emotion >= low), "F")
+
+
+@dataclass(frozen=True)
+class Appraisal:
+    """Hop one of the sentient user: what a reply said, whether it served the hidden intention, and what it moved.
+
+    The text fields carry SAGE's names in a log: content, TargetCompletion, activity, analyse. `change` is the number
+    before clamping. `features` holds what an offline user measured; an LLM user leaves it empty.
+    """
+
+    content: str
+    target_completion: str
+    activity: str
+    analyse: str
+    change: float
+    features: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class UserTurn:
+    """One answer of a user. The opening has no appraisal and no change. `ended`: "content", "left", "goodbye" or None."""
+
+    text: str
+    emotion: float
+    appraisal: Appraisal | None = None
+    change: float | None = None  # after clamping, as applied
+    ended: str | None = None
+    thinking: str = ""  # how the user planned what to say (SAGE logs it)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A user that could not answer. The dialogue is excluded from every statistic, never given a reward."""
+
+    why: str
+
+
+Key = tuple[int, int]  # (group, member): names a dialogue for its whole life
+
+
+class User(Protocol):
+    """What a simulated user has to be. One object serves many dialogues, told apart by key.
+
+    A user that waits on a network does so in threads of its own: none of these calls may block, except `poll` for at
+    most `timeout` seconds. `reset` of a session is never needed: it ends with the answer whose `ended` is set, with
+    `Failed`, or with the object.
+    """
+
+    def start(self, key: Key, profile: Profile, seed: int) -> None:
+        """Begin a session; the opening (`profile.first_talk` where there is one) arrives by `poll`."""
+
+    def tell(self, key: Key, reply: str) -> None:
+        """Hand over the policy's reply, thoughts removed; the answer arrives by `poll`."""
+
+    def poll(self, timeout: float) -> list[tuple[Key, UserTurn | Failed]]:
+        """Answers that are ready, waiting up to `timeout` seconds for the first."""
+
+
+FIELDS = {"id": "id", "player": "persona", "scene": "scene", "main_cha": "persona_type", "task": "intention"}
+OPTIONAL = ("first_talk", "topic", "cha_group", "language")
+
+
+def load_profiles(path: str | Path) -> list[Profile]:
+    """Read RLVER's JSON-lines profiles. Raises InputError naming file, line and key for anything that is off."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such profile file; give profiles=FILE, for example data/en_train.jsonl")
+    profiles, seen = [], {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{where}: not JSON ({error.msg}, column {error.colno}); one profile a line") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: a profile is a JSON object, this is a {type(row).__name__}")
+        profile = parse_profile(row, where)
+        if profile.id in seen:
+            raise InputError(f"{where}: id {profile.id!r} stands on line {seen[profile.id]} already; ids are unique")
+        seen[profile.id] = number
+        profiles.append(profile)
+    if not profiles:
+        raise InputError(f"{path}: holds no profile; one JSON object a line is expected")
+    return profiles
+
+
+def parse_profile(row: dict, where: str) -> Profile:
+    """One profile from its JSON object; `where` (file:line) begins every error."""
+    known = (*FIELDS, *OPTIONAL)
+    for key in row:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            raise InputError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"))
+    for key in FIELDS:
+        if key not in row:
+            raise InputError(f"{where}: key {key!r} is missing")
+    for key, value in row.items():
+        if key == "cha_group":
+            if not isinstance(value, list) or not all(isinstance(trait, str) for trait in value):
+                raise InputError(f"{where}: key 'cha_group' must be a list of strings")
+        elif not isinstance(value, str) or not value.strip():
+            raise InputError(f"{where}: key {key!r} must be a string with something in it")
+    language = row.get("language") or ("zh" if cjk_share(row["player"] + row["scene"]) > 0.3 else "en")
+    if language not in LANGUAGES:
+        raise InputError(f"{where}: key 'language' is {language!r}; it must be one of {', '.join(LANGUAGES)}")
+    return Profile(
+        id=row["id"],
+        persona=row["player"],
+        scene=row["scene"],
+        intention=canonical(row["task"], INTENTIONS, f"{where}: key 'task'"),
+        persona_type=canonical(row["main_cha"], PERSONA_TYPES, f"{where}: key 'main_cha'"),
+        language=language,
+        first_talk=row.get("first_talk"),
+        topic=row.get("topic", ""),
+        traits=tuple(row.get("cha_group", ())),
+    )
+
+
+def canonical(label: str, table: dict[str, tuple[str, ...]], where: str) -> str:
+    """The canonical id of a label in any of its languages. Raises InputError for one that is not in the table."""
+    names = {name: key for key, labels in table.items() for name in (key, *labels)}
+    if label.strip() not in names:
+        near = difflib.get_close_matches(label.strip(), names, 1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(table)}"
+        raise InputError(f"{where} has unknown label {label!r}; {hint}")
+    return names[label.strip()]
+
+
+def cjk_share(text: str) -> float:
+    """The share of Chinese characters among all that are not white space."""
+    visible = [char for char in text if not char.isspace()]
+    return sum("\u4e00" <= char <= "\u9fff" for char in visible) / max(1, len(visible))
