@@ -343,8 +343,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: truncated or damaged ({error}); fetch or write it again") from None
 
 
-def load_strictly(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Fill a module (possibly on the meta device) in fp32. A tied model's lm_head and old rotary buffers are passed over."""
+def load_strictly(module: nn.Module, tensors: dict[str, Tensor], where: str, assign: bool = True) -> None:
+    """Fill a module in fp32; `assign` puts the tensors in place of meta ones, otherwise values are copied in.
+
+    A tied model's lm_head and old rotary buffers are passed over. Raises InputError for any other difference.
+    """
     expected = {name: parameter.shape for name, parameter in module.named_parameters()}
     tensors = {n: t for n, t in tensors.items() if not n.endswith("rotary_emb.inv_freq")}
     if "lm_head.weight" not in expected:
@@ -355,7 +358,7 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], where: str) -> 
     for name, shape in expected.items():
         if tensors[name].shape != shape:
             raise InputError(f"{where}: tensor {name} has shape {tuple(tensors[name].shape)}, not {tuple(shape)} as config.json says")
-    module.load_state_dict({n: t.float() for n, t in tensors.items()}, assign=True)
+    module.load_state_dict({n: t.float() for n, t in tensors.items()}, assign=assign)
     module.requires_grad_(True)
 
 

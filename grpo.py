@@ -1,0 +1,29 @@
+"""GRPO as pure functions: the advantage of a dialogue is its reward against its group's (arXiv 2402.03300, section 4.1).
+
+A group is the dialogues held with one profile in one step. Statistics count dialogues, whatever number of turns or
+trajectories each has. The loss itself is PPO's clipped surrogate, with one denominator for the whole step.
+"""
+
+from statistics import fmean, pstdev
+
+from simulator import Key
+
+
+def group_advantages(rewards: dict[Key, float], scale: bool) -> tuple[dict[Key, float], float]:
+    """Advantage per dialogue, reward minus the group's mean, divided by the group's spread if `scale`.
+
+    `rewards` holds completed dialogues only. A group of one survivor has no baseline and is dropped: its key is absent
+    from the result. Also returns the share of kept groups without any spread, which teach nothing.
+    """
+    groups: dict[int, list[Key]] = {}
+    for key in sorted(rewards):
+        groups.setdefault(key[0], []).append(key)
+    kept = [keys for keys in groups.values() if len(keys) > 1]
+    advantages, flat = {}, 0
+    for keys in kept:
+        values = [rewards[key] for key in keys]
+        mean, spread = fmean(values), pstdev(values)
+        flat += spread < 1e-8
+        for key, value in zip(keys, values):
+            advantages[key] = (value - mean) / (spread + 1e-6 if scale else 1.0)
+    return advantages, flat / max(1, len(kept))

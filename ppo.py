@@ -1,0 +1,63 @@
+"""PPO as pure functions of tensors: GAE, whitening, the clipped policy loss, the clipped value loss.
+
+Every loss returns a sum over tokens; the caller divides once by the number of trained tokens of the whole optimiser
+step, so that the gradient does not depend on how the step is cut into micro-batches (Schulman et al., arXiv 1707.06347
+and 1506.02438; RLVER, section 2). N counts trained tokens.
+"""
+
+import torch
+from torch import Tensor
+
+
+def gae(reward_N: Tensor, value_N: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation over the trained tokens of one dialogue, in order (GAE, eq. 11 to 16).
+
+    User turns and glue are not in the vector, so nothing is discounted across them. The value behind the last token is
+    0: every ending of a dialogue, the turn limit included, is a true end. Returns (advantages [N], returns [N]).
+        reward 0 0 1, value .2 .5 .6, gamma = lam = 1:  advantage .8 .5 .4   return 1 1 1
+    """
+    advantage_N = torch.zeros_like(value_N)
+    carried, next_value = 0.0, 0.0
+    for t in reversed(range(len(value_N))):
+        delta = reward_N[t] + gamma * next_value - value_N[t]
+        carried = delta + gamma * lam * carried
+        advantage_N[t] = carried
+        next_value = value_N[t]
+    return advantage_N, advantage_N + value_N
+
+
+def whiten(x_N: Tensor) -> Tensor:
+    """Zero mean and unit variance over all trained tokens of the global batch."""
+    centred = x_N - x_N.mean()
+    return centred / (centred.pow(2).mean().sqrt() + 1e-8)
+
+
+def policy_loss(logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, clip: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Clipped surrogate (PPO, eq. 7) as a sum, with the sums of approx_kl (k3) and of clipped tokens.
+
+    The gradient flows through logp_N alone.
+    """
+    log_ratio = logp_N - old_logp_N
+    ratio = log_ratio.exp()
+    loss = torch.maximum(-advantage_N * ratio, -advantage_N * ratio.clamp(1 - clip, 1 + clip)).sum()
+    with torch.no_grad():
+        approx_kl = (ratio - 1 - log_ratio).sum()
+        clipped = ((ratio - 1).abs() > clip).sum()
+    return loss, approx_kl, clipped
+
+
+def value_loss(value_N: Tensor, old_value_N: Tensor, return_N: Tensor, clip: float) -> Tensor:
+    """Half squared error, the worse of the value and the value clipped around its old prediction, as a sum."""
+    clipped = old_value_N + (value_N - old_value_N).clamp(-clip, clip)
+    return 0.5 * torch.maximum((value_N - return_N).pow(2), (clipped - return_N).pow(2)).sum()
+
+
+def kl_loss(logp_N: Tensor, reference_logp_N: Tensor) -> Tensor:
+    """k2, half the squared log-ratio, as a sum: its gradient is the reverse KL's, which k3's is not."""
+    return 0.5 * (logp_N - reference_logp_N).pow(2).sum()
+
+
+def explained_variance(value_N: Tensor, return_N: Tensor) -> float:
+    """1 - Var(return - value) / Var(return): 1 is perfect, 0 no better than a constant; 0 where returns do not vary."""
+    spread = return_N.var(correction=0)
+    return float(1 - (return_N - value_N).var(correction=0) / spread) if spread > 1e-12 else 0.0

@@ -1,0 +1,301 @@
+"""From profiles to packed batches: run many dialogues at once, read trajectories off them, pack the trajectories.
+
+`run_dialogues` is the loop in which policy (an Engine) and users meet; nobody in it waits for the slowest. Everything
+is keyed by dialogue, (group, member), never by position in a list. Trajectories are built from the very ids that were
+rendered and sampled. What is then done with them is `ppo.py`'s, `grpo.py`'s and `train.py`'s business.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from chat import Chat, Reply
+from engine import Engine, Row, hash_key
+from simulator import Failed, Key, Profile, User, UserTurn, band
+
+EXCLUDED = "failed"
+TURN_STREAM, USER_STREAM = 0, 1  # keep the noise of the policy's turns and the users' seeds apart
+
+
+@dataclass
+class Turn:
+    """One reply of the policy and the user's answer to it (None until it comes, or where none was asked for)."""
+
+    prompt_ids: list[int]
+    sampled_ids: list[int]
+    logps: list[float]  # the sampler's own, one per sampled id
+    reply: Reply
+    stop: str  # eos | cap | context
+    user: UserTurn | None = None
+
+
+@dataclass
+class Dialogue:
+    """One talk between the policy and one simulated user.
+
+    `ended`: content | left | goodbye | max_turns | context_full | format | failed ("" while it runs). `why` explains a
+    failure. "left" always means an emotion below 10, "failed" a user that could not answer.
+    """
+
+    key: Key
+    profile: Profile
+    seed: int
+    opening: UserTurn | None = None
+    turns: list[Turn] = field(default_factory=list)
+    ended: str = ""
+    why: str = ""
+
+    @property
+    def completed(self) -> bool:
+        """Whether it counts: in rewards, baselines, whitening and denominators."""
+        return bool(self.ended) and self.ended != EXCLUDED
+
+    @property
+    def emotion(self) -> float:
+        """The user's last known emotion, 0..100. Raises ValueError for a dialogue whose user failed."""
+        if not self.completed:
+            raise ValueError(f"dialogue {self.key} has no final emotion: {self.ended or 'still running'} {self.why}")
+        return next((turn.user.emotion for turn in reversed(self.turns) if turn.user), self.opening.emotion)
+
+    @property
+    def reward(self) -> float:
+        """Final emotion / 100 (RLVER, section 2); 0 where a think reply broke the format."""
+        return 0.0 if self.ended == "format" else self.emotion / 100
+
+
+@dataclass(frozen=True)
+class Talk:
+    """How dialogues are held. `strict_format` ends a dialogue on a malformed think reply (training)."""
+
+    systems: dict[str, str]  # the policy's system prompt by language
+    max_turns: int
+    reply_tokens: int
+    strict_format: bool
+    appraise_last: bool = True  # SAGE generates a last reply that nobody appraises
+
+
+@dataclass(frozen=True)
+class Job:
+    """A dialogue to be held."""
+
+    key: Key
+    profile: Profile
+
+
+def run_dialogues(jobs: list[Job], engine: Engine, chat: Chat, user: User, talk: Talk, seed: tuple[int, ...], progress=None) -> list[Dialogue]:
+    """Hold all the dialogues, more than slots if need be; returned in key order.
+
+    `seed`, for example (seed, step), together with a dialogue's key determines all its noise. A profile without a
+    first line gets one from its user, once for the whole group. `progress(dialogue)` is called as each one ends.
+    """
+    stage = Stage(engine, chat, user, talk, seed, progress)
+    waiting = sorted(jobs, key=lambda job: job.key)
+    while waiting or stage.active:
+        waiting = stage.admit(waiting)
+        # Wait for users only when the engine has nothing to do.
+        for key, answer in sorted(user.poll(0.0 if engine.busy else 1.0), key=lambda pair: pair[0]):
+            stage.hear(key, answer)
+        if engine.busy:
+            for row in engine.step():
+                stage.finish_turn(row)
+    return [stage.done[key] for key in sorted(stage.done)]
+
+
+class Stage:
+    """The state of `run_dialogues`: which dialogue sits in which slot, and what each event does to it."""
+
+    def __init__(self, engine: Engine, chat: Chat, user: User, talk: Talk, seed: tuple[int, ...], progress):
+        self.engine, self.chat, self.user, self.talk, self.seed, self.progress = engine, chat, user, talk, seed, progress
+        self.active: dict[Key, Dialogue] = {}
+        self.done: dict[Key, Dialogue] = {}
+        self.slot_of: dict[Key, int] = {}
+        self.key_in: dict[int, Key] = {}
+        self.openings: dict[int, str | None] = {}  # group -> its first line; None while it is being made
+
+    def admit(self, waiting: list[Job]) -> list[Job]:
+        """Start as many dialogues as there are free slots; returns those that still wait."""
+        free = [slot for slot in range(len(self.engine.held)) if slot not in self.key_in]
+        left = []
+        for job in waiting:
+            group, profile = job.key[0], job.profile
+            if profile.first_talk is None and self.openings.get(group):
+                profile = replace(profile, first_talk=self.openings[group])
+            opener_at_work = profile.first_talk is None and group in self.openings
+            if not free or opener_at_work:
+                left.append(job)
+                continue
+            if profile.first_talk is None:
+                self.openings[group] = None
+            dialogue = Dialogue(job.key, profile, hash_key(*self.seed, *job.key, USER_STREAM))
+            self.active[job.key] = dialogue
+            self.slot_of[job.key] = free.pop(0)
+            self.key_in[self.slot_of[job.key]] = job.key
+            self.user.start(job.key, profile, dialogue.seed)
+        return left
+
+    def hear(self, key: Key, answer: UserTurn | Failed) -> None:
+        """A user has answered: with the opening, or to a reply."""
+        dialogue = self.active[key]
+        if isinstance(answer, Failed):
+            if self.openings.get(key[0], "") is None:
+                del self.openings[key[0]]  # the next member of the group makes the opening
+            return self.end(dialogue, EXCLUDED, answer.why)
+        if not dialogue.turns:
+            dialogue.opening = answer
+            self.openings.setdefault(key[0], answer.text)
+            if self.openings[key[0]] is None:
+                self.openings[key[0]] = answer.text
+            system = self.talk.systems[dialogue.profile.language]
+            return self.say(dialogue, self.chat.opening(system, answer.text))
+        last = dialogue.turns[-1]
+        last.user = answer
+        if answer.ended:
+            return self.end(dialogue, answer.ended)
+        if len(dialogue.turns) == self.talk.max_turns:
+            return self.end(dialogue, "max_turns")
+        kept = last.reply.ids if self.chat.think else last.sampled_ids
+        self.say(dialogue, [*last.prompt_ids, *kept, *self.chat.glue(kept), *self.chat.user_turn(answer.text)])
+
+    def say(self, dialogue: Dialogue, prompt: list[int]) -> None:
+        """Have the policy reply to a prompt, if the context has room for it."""
+        if len(prompt) >= self.engine.capacity:
+            return self.end(dialogue, "context_full")
+        dialogue.turns.append(Turn(prompt, [], [], Reply([], ""), ""))
+        noise = (*self.seed, *dialogue.key, TURN_STREAM, len(dialogue.turns))
+        self.engine.submit(self.slot_of[dialogue.key], prompt, noise, self.talk.reply_tokens)
+
+    def finish_turn(self, row: Row) -> None:
+        """The policy has ended its turn: show the reply to the user, or end the dialogue."""
+        dialogue = self.active[self.key_in[row.slot]]
+        turn = dialogue.turns[-1]
+        turn.sampled_ids, turn.logps, turn.stop = row.sampled, row.logps, row.stop
+        turn.reply = self.chat.read(row.sampled)
+        if turn.reply.violation and self.talk.strict_format:
+            return self.end(dialogue, "format")
+        if len(dialogue.turns) == self.talk.max_turns and not self.talk.appraise_last:
+            return self.end(dialogue, "max_turns")
+        self.user.tell(dialogue.key, turn.reply.text)
+
+    def end(self, dialogue: Dialogue, reason: str, why: str = "") -> None:
+        dialogue.ended, dialogue.why = reason, why
+        self.done[dialogue.key] = self.active.pop(dialogue.key)
+        del self.key_in[self.slot_of.pop(dialogue.key)]
+        if self.progress:
+            self.progress(dialogue)
+
+
+@dataclass
+class Trajectory:
+    """Parallel lists of equal length; index t speaks of token t. `logp` is the sampler's, 0 where mask is 0."""
+
+    key: Key
+    tokens: list[int]
+    mask: list[int]  # 1 = sampled
+    logp: list[float]
+
+
+def trajectories(dialogue: Dialogue, think: bool) -> list[Trajectory]:
+    """The training sequences of a dialogue: one without thoughts, one per turn with them (stripped thoughts break the
+    prefix). The user's last words are in none: nothing was sampled behind them.
+
+        no think:  prompt S S S glue user header S S     mask 0.. 1 1 1 0 0 0 1 1     one trajectory
+        think:     prompt S S S | prompt' S S            mask 0.. 1 1 1 | 0.. 1 1     one per turn
+    """
+    if think:
+        return [sequence(dialogue.key, [turn]) for turn in dialogue.turns]
+    return [sequence(dialogue.key, dialogue.turns)] if dialogue.turns else []
+
+
+def sequence(key: Key, turns: list[Turn]) -> Trajectory:
+    """Turns whose prompts extend each other as one Trajectory; masks come from lengths."""
+    tokens, mask, logp = [], [], []
+    for turn in turns:
+        if turn.prompt_ids[: len(tokens)] != tokens:
+            raise ValueError(f"dialogue {key}: a turn's prompt does not extend what was said before")
+        new = len(turn.prompt_ids) - len(tokens)
+        tokens = [*turn.prompt_ids, *turn.sampled_ids]
+        mask += [0] * new + [1] * len(turn.sampled_ids)
+        logp += [0.0] * new + turn.logps
+    return Trajectory(key, tokens, mask, logp)
+
+
+@dataclass
+class Batch:
+    """Trajectories side by side, without padding. T packed tokens, N trained ones (mask 1), in order."""
+
+    tokens_T: Tensor
+    position_T: Tensor
+    mask_T: Tensor
+    logp_T: Tensor  # the sampler's log-probabilities
+    cu_seqlens: list[int]
+    keys: list[Key]  # dialogue of each trajectory
+    trained: list[int]  # trained tokens of each trajectory
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device."""
+        moved = {name: getattr(self, name).to(device) for name in ("tokens_T", "position_T", "mask_T", "logp_T")}
+        return replace(self, **moved)
+
+
+def pack(items: list[Trajectory]) -> Batch:
+    """Concatenate trajectories; positions restart at 0 in each."""
+    lengths = [len(item.tokens) for item in items]
+    cu_seqlens = [0]
+    for length in lengths:
+        cu_seqlens.append(cu_seqlens[-1] + length)
+    return Batch(
+        tokens_T=torch.tensor([token for item in items for token in item.tokens]),
+        position_T=torch.cat([torch.arange(length) for length in lengths]),
+        mask_T=torch.tensor([bit for item in items for bit in item.mask], dtype=torch.bool),
+        logp_T=torch.tensor([value for item in items for value in item.logp], dtype=torch.float32),
+        cu_seqlens=cu_seqlens,
+        keys=[item.key for item in items],
+        trained=[sum(item.mask) for item in items],
+    )
+
+
+def split(items: list[Trajectory], micro_tokens: int) -> list[list[Trajectory]]:
+    """Micro-batches of at most `micro_tokens` tokens each, in order; a longer trajectory goes alone."""
+    parts, size = [], 0
+    for item in items:
+        if not parts or size + len(item.tokens) > micro_tokens:
+            parts.append([])
+            size = 0
+        parts[-1].append(item)
+        size += len(item.tokens)
+    return parts
+
+
+def log_line(dialogue: Dialogue, **extra) -> dict:
+    """A dialogue as one line of SAGE's log format, with what we add: key, status, reasons, thoughts, sampled lengths."""
+    profile, history = dialogue.profile, []
+    if dialogue.opening:
+        history.append({"role": "user", "content": dialogue.opening.text, "emotion-point": dialogue.opening.emotion})
+    for turn in dialogue.turns:
+        said = {"role": "assistant", "content": turn.reply.text, "stop": turn.stop, "tokens": len(turn.sampled_ids)}
+        if turn.reply.thought:
+            said["thought"] = turn.reply.thought
+        if turn.reply.violation:
+            said["violation"] = turn.reply.violation
+        history.append(said)
+        if turn.user:
+            a = turn.user.appraisal
+            planning = {"content": a.content, "TargetCompletion": a.target_completion, "activity": a.activity, "analyse": a.analyse, "change": a.change}
+            if a.features:
+                planning["features"] = a.features
+            history.append({"role": "user", "content": turn.user.text, "thinking": turn.user.thinking, "emotion-point": turn.user.emotion, "planning": planning})
+    status = {"status": "ok", "emo_point": dialogue.emotion, "emo_state": f"Emotion-{band(dialogue.emotion)}", "reward": dialogue.reward} if dialogue.completed else {"status": "failed", "why": dialogue.why}
+    return {
+        "id": profile.id,
+        **extra,
+        "key": list(dialogue.key),
+        **status,
+        "ended": dialogue.ended,
+        "player": profile.persona,
+        "scene": profile.scene,
+        "character": profile.persona_type,
+        "topic": profile.topic,
+        "task": profile.intention,
+        "history": history,
+    }
