@@ -47,9 +47,6 @@ class Chat:
         self.newline = self.text("\n")
         self.assistant_header = [self.start, *self.text("assistant\n")]
         self.empty_block = self.encode_trusted(f"{OPEN}\n\n{CLOSE}\n\n") if self.empty_think and not self.think else []
-        # The literal </think> is closed by whichever id completes it; only ids whose text can hold its last character
-        # need looking at, and this is decided on the decoded text as it grows.
-        self.stop_ids = (self.end,)
 
     def text(self, text: str) -> list[int]:
         """Ids of untrusted text: a literal <|im_end|> in it stays text, special ids never come out."""
@@ -122,14 +119,29 @@ class Chat:
 
 
 def load_tokenizer(name: str):
-    """A transformers tokenizer from a local folder or the hub. Raises InputError where there is none."""
+    """A transformers tokenizer from a local folder or the hub, or `bytes`. Raises InputError where there is none."""
     import transformers
 
+    if name == "bytes":
+        return byte_tokenizer(transformers)
     try:
         return transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError) as error:
         line = str(error).strip().splitlines()[0]
         raise InputError(f"{name}: no tokenizer could be read there ({line})") from None
+
+
+def byte_tokenizer(transformers):
+    """One id per byte and the ChatML specials, 259 ids: for tiny random models, where no download is wanted."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=["<|im_start|>"]
+    )
 
 
 def make_chat(tokenizer, think: bool) -> Chat:

@@ -43,8 +43,8 @@ PRIMARY = {"listening": ("validation", "reflection", "question"), "empathy": ("v
 PERSONA = {"negative": (0.85, 1.2), "passive": (1.0, 1.0), "avoidant": (1.0, 0.95)}
 # floor: share of a move's worth that ungrounded warmth gets. aside: what moves beside the intention count while the
 # intention is unserved. unmet: the cost of leaving the intention unserved.
-MODES = {"vanilla": {"floor": 0.15, "aside": 0.7, "unmet": 3.5}, "challenging": {"floor": 0.05, "aside": 0.2, "unmet": 4.0}}
-SOFTNESS = 7.0  # earned points e become 10 * (1 - exp(-e / SOFTNESS)): the second good move adds less than the first
+MODES = {"vanilla": {"floor": 0.15, "aside": 0.7, "unmet": 3.0}, "challenging": {"floor": 0.05, "aside": 0.2, "unmet": 3.5}}
+SOFTNESS = {"gain": 6.5, "loss": 9.0}  # points p become 10 * (1 - exp(-p / softness)): the second adds less
 COSTS = {"repetition": 5.0, "parroting": 5.0, "garbled": 6.0, "wrong_language": 8.0, "stuffing": 4.0, "too_short": 3.0,
          "too_long": 6.0, "cut": 0.4}  # points at full strength, for any intention
 # (shortest, good from, good to, longest): English words, Chinese characters
@@ -60,6 +60,7 @@ class Lexicon:
 
     language: str
     function: frozenset
+    stop: frozenset  # words, in Chinese characters, that no content unit holds
     generic: frozenset
     cues: dict
     raw: dict
@@ -74,7 +75,8 @@ def lexicon(language: str) -> Lexicon:
     function, generic = raw["function_words"], raw["generic_words"].split()
     function = function.split() if language == "en" else [c for c in function if not c.isspace()]
     generic = {stem(word) for word in generic} if language == "en" else set(generic)
-    return Lexicon(language, frozenset(function), frozenset(generic), cues, raw)
+    stop = function if language == "en" else raw["stop_characters"]
+    return Lexicon(language, frozenset(function), frozenset(stop), frozenset(generic), cues, raw)
 
 
 def user_hash() -> str:
@@ -115,11 +117,11 @@ def tokens(text: str, language: str) -> list[str]:
 def units(text: str, lex: Lexicon) -> set[str]:
     """Content units: English stems that are neither function nor generic words; Chinese pairs of content characters."""
     if lex.language == "en":
-        words = {word for word in tokens(text, "en") if word not in lex.function and len(word) > 2}
+        words = {word for word in tokens(text, "en") if word not in lex.stop and len(word) > 2}
         return {stem(word) for word in words} - lex.generic
     runs = re.findall(r"[\u4e00-\u9fff]+", text)
     pairs = {run[i : i + 2] for run in runs for i in range(len(run) - 1)}
-    return {pair for pair in pairs if not lex.function & set(pair)} - lex.generic
+    return {pair for pair in pairs if not lex.stop & set(pair)} - lex.generic
 
 
 def grams(items: list[str], n: int) -> list[tuple[str, ...]]:
@@ -160,7 +162,7 @@ def scene_units(profile: Profile) -> tuple[frozenset, frozenset]:
                            r"郝安常于傅康伍余顾孟黄萧尹姚邵汪毛戴宋熊董梁杜阮蓝贾江郭梅林钟徐邱骆高夏蔡田胡万卢丁邓洪程陆叶白][\u4e00-\u9fff]{1,2}))",
                            profile.scene)
         found += [name[:2] for name in found]
-        names = {name for name in set(found) if found.count(name) > 3 and not lex.function & set(name)}
+        names = {name for name in set(found) if found.count(name) > 3 and not lex.stop & set(name)}
     return frozenset(units(profile.scene, lex)), frozenset(names)
 
 
@@ -185,6 +187,7 @@ class Sentence:
     ground: float = 0.0  # tied to this person's story
     sound: float = 1.0  # well-formed
     fresh: float = 1.0  # neither said in an earlier reply nor copied from the user
+    tied: float = 0.0  # its own ground or what its neighbours lend it
     again: float = 0.0  # share of its masked n-grams that earlier replies hold
     copied: float = 0.0  # share of its tokens inside n-grams of the user's
     hits: dict = field(default_factory=dict)
@@ -195,6 +198,11 @@ def count(sentence: Sentence, lex: Lexicon, family: str) -> int:
     if family not in sentence.hits:
         sentence.hits[family] = len({match.group() for match in lex.cues[family].finditer(sentence.text)})
     return sentence.hits[family]
+
+
+def window(sentence: Sentence) -> Sentence:
+    """A sentence together with the one before it, for moves that span two."""
+    return Sentence(f"{sentence.before} {sentence.text}", sentence.items, "")
 
 
 def to_user(sentence: Sentence) -> bool:
@@ -211,14 +219,14 @@ def is_question(sentence: Sentence) -> bool:
 
 
 def validation(s: Sentence, lex: Lexicon, names: frozenset) -> float:
-    return saturate(count(s, lex, "feeling")) * saturate(count(s, lex, "validate")) * (0.5 if is_question(s) else 1.0)
+    fit = 1.0 if count(s, lex, "validate") else 0.5 * to_user(s)
+    return saturate(count(s, lex, "feeling")) * fit * (0.5 if is_question(s) else 1.0)
 
 
 def reflection(s: Sentence, lex: Lexicon, names: frozenset) -> float:
     if is_question(s) or advice(s, lex, names) > 0.3 or count(s, lex, "lecture") + count(s, lex, "blame"):
         return 0.0
-    told = count(s, lex, "past_act") or count(s, lex, "feeling") or count(s, lex, "third")
-    return (1.0 if to_user(s) else 0.6) if told else 0.3
+    return 0.3 + 0.35 * to_user(s) + 0.35 * (count(s, lex, "past_act") + count(s, lex, "feeling") > 0)
 
 
 def question(s: Sentence, lex: Lexicon, names: frozenset) -> float:
@@ -241,7 +249,8 @@ def advice(s: Sentence, lex: Lexicon, names: frozenset) -> float:
 
 
 def praise(s: Sentence, lex: Lexicon, names: frozenset) -> float:
-    return saturate(count(s, lex, "praise")) * clip(0.3 + count(s, lex, "past_act")) if to_user(s) else 0.0
+    two = window(s)  # "You stayed until four. That took nerve."
+    return saturate(count(s, lex, "praise")) * clip(0.3 + count(two, lex, "past_act")) if to_user(two) else 0.0
 
 
 def motives(s: Sentence, lex: Lexicon, names: frozenset) -> float:
@@ -250,9 +259,8 @@ def motives(s: Sentence, lex: Lexicon, names: frozenset) -> float:
 
 
 def perspectives(s: Sentence, lex: Lexicon, names: frozenset) -> float:
-    both = Sentence(s.before + s.text, s.items, "")
-    sides = to_user(both) and others(both, lex, names)
-    return count(s, lex, "contrast") and saturate(count(both, lex, "weigh")) * (1.0 if sides else 0.5)
+    sides = to_user(window(s)) and others(window(s), lex, names)
+    return count(s, lex, "contrast") and saturate(count(window(s), lex, "weigh")) * (1.0 if sides else 0.5)
 
 
 def agreement(s: Sentence, lex: Lexicon, names: frozenset) -> float:
@@ -324,11 +332,13 @@ def measure(profile: Profile, said: list[str], earlier: list[str], reply: str, f
     lex = lexicon(profile.language)
     told = story(profile, said, lex)
     parts = read(reply, told, earlier, lex)
-    near = max((s.ground * s.sound * s.fresh for s in parts), default=0.0)  # lends half of itself to its neighbours
+    own = [s.ground * s.sound * s.fresh for s in parts]
+    for i, s in enumerate(parts):  # "that" and "it" point at the sentence before: it lends its ground, the next one less
+        s.tied = max(s.ground, 0.7 * ([0.0, *own][i]), 0.5 * ([*own, 0.0][i + 1]))
     f, kinds = {}, []
     for move, detector in DETECTORS.items():
         raw = [detector(s, lex, told.names) for s in parts]
-        worth = sorted((r * s.sound * s.fresh * (floor + (1 - floor) * max(s.ground, 0.5 * near))
+        worth = sorted((r * s.sound * s.fresh * (floor + (1 - floor) * s.tied)
                         for r, s in zip(raw, parts)), reverse=True)
         if move == "reflection":  # giving back is nothing without what is given back
             worth = sorted((r * s.sound * s.fresh * s.ground for r, s in zip(raw, parts)), reverse=True)
@@ -339,7 +349,7 @@ def measure(profile: Profile, said: list[str], earlier: list[str], reply: str, f
     mean = lambda name: sum(getattr(s, name) * len(s.items) for s in parts) / size  # noqa: E731
     for fault in ("cliche", "lecture", "blame"):
         f[fault] = 1 - 0.45 ** (sum(count(s, lex, fault) for s in parts) / max(1, len(parts) / 4))
-    f["flattery"] = max((praise(s, lex, told.names) * (1 - max(s.ground, 0.5 * near)) for s in parts), default=0.0)
+    f["flattery"] = max((praise(s, lex, told.names) * (1 - s.tied) for s in parts), default=0.0)
     marks = re.findall(r"^\s*(?:[-*•#>]|\d+[.)、])\s|\*\*|```|__", reply, re.M)
     f["markdown"] = clip(len(marks) / 4)
     f["repetition"] = clip((mean("again") - 0.3) / 0.35)
@@ -353,8 +363,12 @@ def measure(profile: Profile, said: list[str], earlier: list[str], reply: str, f
     f["too_short"] = clip((enough - size) / (enough - shortest)) if parts else 1.0
     f["too_long"] = clip((size - fine) / (longest - fine))
     f["cut"] = float(bool(parts) and re.search(r"\w\s*$", reply) is not None)
-    f["ground"], f["new"] = near, clip(len(units(reply, lex) - told.last) / (4 if profile.language == "en" else 8))
+    f["ground"], f["new"] = max(own, default=0.0), clip(len(units(reply, lex) - told.last) / (4 if profile.language == "en" else 8))
     return f
+
+
+def soften(points: float, kind: str) -> float:
+    return 10 * (1 - math.exp(-points / SOFTNESS[kind]))
 
 
 def score(f: dict[str, float], profile: Profile, mode: str) -> float:
@@ -373,7 +387,7 @@ def score(f: dict[str, float], profile: Profile, mode: str) -> float:
     spent += sum(max(0.0, -weights[move]) * f["raw_" + move] for move in MOVES)
     spent += sum(-weights[fault] * f[fault] for fault in FAULTS) + sum(points * f[fault] for fault, points in COSTS.items())
     f["served"] = served
-    return round(clip(gain * 10 * (1 - math.exp(-earned / SOFTNESS)) - cost * spent, -10, 10), 1)
+    return round(clip(gain * soften(earned, "gain") - cost * soften(spent, "loss"), -10, 10), 1)
 
 
 def appraise(profile: Profile, mode: str, user_text_so_far: list[str], earlier_replies: list[str], reply: str) -> Appraisal:
