@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import Transformer, sampling_logits
+from model import Transformer, ValueHead, sampling_logits
 
 WORD = (1 << 64) - 1
 
@@ -100,21 +100,24 @@ class Row:
     cap: int
     sampled: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
     stop: str = ""
 
 
 class Engine:
     """Batched sampling from one model. `slots` dialogues live at a time, each of at most `capacity` tokens.
 
-    temperature 0 is greedy (log-probabilities are then those at temperature 1). Weights may change only between
+    temperature 0 is greedy (log-probabilities are then those at temperature 1). With a `value_head` each sampled id
+    also gets the critic's value of the state before it, from the hidden state at hand. Weights may change only between
     `forget` calls: stored keys and values belong to the weights that made them.
     """
 
-    def __init__(self, model: Transformer, banned_V: Tensor, stop_ids: tuple[int, ...], slots: int, capacity: int, temperature: float, prefill_tokens: int = 4096):
+    def __init__(self, model: Transformer, banned_V: Tensor, stop_ids: tuple[int, ...], slots: int, capacity: int, temperature: float, value_head: ValueHead | None = None, prefill_tokens: int = 4096):
         c = model.config
         weight = model.output_weight
         self.model, self.banned, self.stop_ids = model, banned_V.to(weight.device), stop_ids
         self.capacity, self.temperature, self.prefill_tokens = capacity, temperature, prefill_tokens
+        self.value_head = value_head
         self.cache = KVCache(c.num_layers, slots, c.num_kv_heads, capacity, c.head_dim, weight)
         self.held: list[list[int]] = [[] for _ in range(slots)]  # ids whose KV each slot holds
         self.waiting: list[Row] = []
@@ -206,10 +209,12 @@ class Engine:
             noise = [uniform(*row.key, len(row.sampled)) for row in rows]
             choice = inverse_cdf(logits, torch.tensor(noise, dtype=torch.float64, device=logits.device))
         logp = logits.gather(-1, choice[:, None]).squeeze(-1) - total
+        value = self.value_head(hidden_BD) if self.value_head else torch.zeros_like(logp)
         self.tokens_sampled += len(rows)
-        for row, token, value in zip(rows, choice.tolist(), logp.tolist()):
+        for row, token, *numbers in zip(rows, choice.tolist(), logp.tolist(), value.tolist()):
             row.sampled.append(token)
-            row.logps.append(value)
+            row.logps.append(numbers[0])
+            row.values.append(numbers[1])
             if token in self.stop_ids:
                 row.stop = "eos"
             elif len(row.sampled) == row.cap:

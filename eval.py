@@ -25,7 +25,7 @@ from tqdm import tqdm
 from chat import Chat, load_tokenizer, make_chat, system_prompt
 from config import Config, InputError, help_text, load_config, read_saved, save_config
 from engine import Engine
-from model import Transformer, banned_ids, load_model
+from model import Transformer, ValueHead, banned_ids, load_model
 from offline import OfflineUser, user_hash
 from rollout import Dialogue, Job, Talk, log_line, run_dialogues
 from simulator import INTENTIONS, LANGUAGES, PERSONA_TYPES, EmotionRules, Profile, User, band, canonical, load_profiles
@@ -47,10 +47,10 @@ def make_user(config: Config, start: float, mode: str) -> User:
     return OfflineUser(EmotionRules(start=start), mode)
 
 
-def make_engine(config: Config, model: Transformer, chat: Chat, temperature: float, dialogues: int) -> Engine:
+def make_engine(config: Config, model: Transformer, chat: Chat, temperature: float, dialogues: int, value_head: ValueHead | None = None) -> Engine:
     """An engine for this model with no more slots than there are dialogues."""
     banned = banned_ids(chat.tokenizer, model.config.vocab_size, (chat.end,))
-    return Engine(model, banned, (chat.end,), min(config.slots, dialogues), config.context_tokens, temperature)
+    return Engine(model, banned, (chat.end,), min(config.slots, dialogues), config.context_tokens, temperature, value_head)
 
 
 def make_talk(config: Config, training: bool) -> Talk:

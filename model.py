@@ -199,12 +199,12 @@ class Transformer(nn.Module):
 
 
 class ValueHead(nn.Module):
-    """Hidden states [N, D] to values [N], in fp32. Starts as a constant: weight zero, bias at the mean reward."""
+    """Hidden states [N, D] to values [N], in fp32. Starts as the constant `start`, the reward of a user left unmoved."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, start: float = 0.0):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width))
-        self.bias = nn.Parameter(torch.zeros(()))
+        self.bias = nn.Parameter(torch.tensor(start))
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
         return hidden_ND.float() @ self.weight + self.bias

@@ -21,7 +21,6 @@ from pathlib import Path
 from simulator import INTENTIONS, Appraisal, EmotionRules, Failed, Key, Profile, UserTurn, band, cjk_share
 
 DATA = Path(__file__).parent / "data" / "offline"
-MOVES = ("validation", "reflection", "question", "growth", "advice", "praise", "motives", "perspectives", "agreement")
 FAULTS = ("cliche", "lecture", "blame", "flattery", "markdown")
 # Emotion points that one grounded instance of a move earns, by hidden intention; negative: the wrong need, which costs
 # whether grounded or not. The last five columns are the cost of a fault.
@@ -179,95 +178,82 @@ def story(profile: Profile, said: list[str], lex: Lexicon) -> Story:
 
 @dataclass
 class Sentence:
-    """A sentence of the reply and how far a move in it counts."""
+    """A sentence of the reply, what its cues are, and how far a move in it counts."""
 
     text: str  # lower-cased
+    before: str  # the two sentences before it, for moves that span some
     items: list[str]
-    before: str  # the sentence before it, for contrasts that span two
+    lex: Lexicon
+    names: frozenset
     ground: float = 0.0  # tied to this person's story
-    sound: float = 1.0  # well-formed
-    fresh: float = 1.0  # neither said in an earlier reply nor copied from the user
     tied: float = 0.0  # its own ground or what its neighbours lend it
-    again: float = 0.0  # share of its masked n-grams that earlier replies hold
+    sound: float = 1.0  # well-formed
+    again: float = 0.0  # share of its masked n-grams that were said before
     copied: float = 0.0  # share of its tokens inside n-grams of the user's
-    hits: dict = field(default_factory=dict)
+    fresh: float = 1.0  # neither said before nor copied
+
+    def has(self, family: str, wide: bool = False) -> int:
+        """How many different cues of a family it holds; wide: together with the sentences before it."""
+        text = f"{self.before} {self.text}" if wide else self.text
+        return len({match.group() for match in self.lex.cues[family].finditer(text)})
+
+    def to_user(self, wide: bool = False) -> bool:
+        return bool(re.search(r"\byou|你|您", f"{self.before} {self.text}" if wide else self.text))
+
+    def on_others(self, wide: bool = False) -> bool:
+        text = f"{self.before} {self.text}" if wide else self.text
+        return self.has("third", wide) > 0 or any(re.search(rf"(?<![a-z]){name}(?![a-z])", text) for name in self.names)
+
+    @functools.cached_property
+    def asks(self) -> bool:
+        return bool(re.search(r"[?？]|[吗呢]$", self.text))
 
 
-def count(sentence: Sentence, lex: Lexicon, family: str) -> int:
-    """How many different cues of a family a sentence holds."""
-    if family not in sentence.hits:
-        sentence.hits[family] = len({match.group() for match in lex.cues[family].finditer(sentence.text)})
-    return sentence.hits[family]
+def validation(s: Sentence) -> float:
+    return saturate(s.has("feeling")) * (1.0 if s.has("validate") else 0.5 * s.to_user()) * (0.5 if s.asks else 1.0)
 
 
-def window(sentence: Sentence) -> Sentence:
-    """A sentence together with the one before it, for moves that span two."""
-    return Sentence(f"{sentence.before} {sentence.text}", sentence.items, "")
-
-
-def to_user(sentence: Sentence) -> bool:
-    return bool(re.search(r"\byou|你|您", sentence.text))
-
-
-def others(sentence: Sentence, lex: Lexicon, names: frozenset) -> bool:
-    """Whether a sentence speaks of somebody beside the user."""
-    return count(sentence, lex, "third") > 0 or any(re.search(rf"(?<![a-z]){name}(?![a-z])", sentence.text) for name in names)
-
-
-def is_question(sentence: Sentence) -> bool:
-    return bool(re.search(r"[?？]|[吗呢]$", sentence.text))
-
-
-def validation(s: Sentence, lex: Lexicon, names: frozenset) -> float:
-    fit = 1.0 if count(s, lex, "validate") else 0.5 * to_user(s)
-    return saturate(count(s, lex, "feeling")) * fit * (0.5 if is_question(s) else 1.0)
-
-
-def reflection(s: Sentence, lex: Lexicon, names: frozenset) -> float:
-    if is_question(s) or advice(s, lex, names) > 0.3 or count(s, lex, "lecture") + count(s, lex, "blame"):
+def reflection(s: Sentence) -> float:
+    if s.asks or advice(s) > 0.3 or s.has("lecture") or s.has("blame"):
         return 0.0
-    return 0.3 + 0.35 * to_user(s) + 0.35 * (count(s, lex, "past_act") + count(s, lex, "feeling") > 0)
+    return 0.3 + 0.35 * s.to_user() + 0.35 * (s.has("past_act") + s.has("feeling") > 0)
 
 
-def question(s: Sentence, lex: Lexicon, names: frozenset) -> float:
-    if not is_question(s):
-        return 0.0
-    stock = any(lex.cues["stock_question"].fullmatch(part.strip()) for part in re.split(r"[,，?？.。]", s.text) if part.strip())
-    return 0.15 if stock else 1.0 if count(s, lex, "open_question") else 0.6
+def question(s: Sentence) -> float:
+    clauses = [clause.strip() for clause in re.split(r"[,，?？.。]", s.text) if clause.strip()]
+    stock = any(s.lex.cues["stock_question"].fullmatch(clause) for clause in clauses)
+    return s.asks * (0.15 if stock else 1.0 if s.has("open_question") else 0.6)
 
 
-def growth(s: Sentence, lex: Lexicon, names: frozenset) -> float:
-    asks = is_question(s) or count(s, lex, "growth") and re.search("wonder|looking back|想一?想|问问自己|回过?头", s.text)
-    return saturate(count(s, lex, "growth")) * saturate(count(s, lex, "inward")) if asks and to_user(s) else 0.0
+def growth(s: Sentence) -> float:
+    invites = s.asks or s.has("wonder")
+    return saturate(s.has("growth")) * saturate(s.has("inward")) if invites and s.to_user() else 0.0
 
 
-def advice(s: Sentence, lex: Lexicon, names: frozenset) -> float:
-    cue = count(s, lex, "advice") or (lex.cues["imperative"].match(s.text) is not None and not to_user(s)) * 1
-    if not cue or is_question(s) and not re.search("how about|what if|what about|why not|要不|何不|不如|试试", s.text):
-        return 0.0
-    return 0.35 + 0.65 * saturate(count(s, lex, "concrete")) ** 2
+def advice(s: Sentence) -> float:
+    cue = s.has("advice") or (s.lex.cues["imperative"].match(s.text) is not None and not s.to_user())
+    return 0.35 + 0.65 * saturate(s.has("concrete")) ** 2 if cue and (not s.asks or s.has("proposal")) else 0.0
 
 
-def praise(s: Sentence, lex: Lexicon, names: frozenset) -> float:
-    two = window(s)  # "You stayed until four. That took nerve."
-    return saturate(count(s, lex, "praise")) * clip(0.3 + count(two, lex, "past_act")) if to_user(two) else 0.0
+def praise(s: Sentence) -> float:  # "You stayed until four. That took nerve." spans two sentences
+    return saturate(s.has("praise")) * clip(0.3 + s.has("past_act", wide=True)) if s.to_user(wide=True) else 0.0
 
 
-def motives(s: Sentence, lex: Lexicon, names: frozenset) -> float:
-    other = others(s, lex, names)
-    return saturate(count(s, lex, "cause")) * saturate(count(s, lex, "mental")) if other else 0.0
+def motives(s: Sentence) -> float:
+    return saturate(s.has("cause")) * saturate(s.has("mental")) if s.on_others() else 0.0
 
 
-def perspectives(s: Sentence, lex: Lexicon, names: frozenset) -> float:
-    sides = to_user(window(s)) and others(window(s), lex, names)
-    return count(s, lex, "contrast") and saturate(count(window(s), lex, "weigh")) * (1.0 if sides else 0.5)
+def perspectives(s: Sentence) -> float:
+    sides = s.to_user(wide=True) and s.on_others(wide=True)
+    return saturate(s.has("weigh", wide=True)) * (1.0 if sides else 0.5) if s.has("contrast") else 0.0
 
 
-def agreement(s: Sentence, lex: Lexicon, names: frozenset) -> float:
-    return 0.0 if is_question(s) or count(s, lex, "blame") else saturate(count(s, lex, "agreement"))
+def agreement(s: Sentence) -> float:
+    return 0.0 if s.asks or s.has("blame") else saturate(s.has("agreement"))
 
 
-DETECTORS = dict(zip(MOVES, (validation, reflection, question, growth, advice, praise, motives, perspectives, agreement)))
+DETECTORS = (validation, reflection, question, growth, advice, praise, motives, perspectives, agreement)
+MOVES = tuple(detector.__name__ for detector in DETECTORS)
 
 
 def malformed(text: str, items: list[str], lex: Lexicon, cut: bool) -> float:
@@ -314,7 +300,7 @@ def read(reply: str, told: Story, earlier: list[str], lex: Lexicon) -> list[Sent
     parts, result = sentences(reply), []
     for i, part in enumerate(parts):
         items, own = tokens(part, lex.language), units(part, lex)
-        s = Sentence(part.lower().replace("’", "'"), items, result[-1].text if result else "")
+        s = Sentence(part.lower().replace("’", "'"), " ".join(s.text for s in result[-2:]), items, lex, told.names)
         shared = len(own & told.said) + 0.6 * len(own & told.scene - told.said)
         s.ground = 1 - math.exp(-shared / GROUND[lex.language])
         s.sound = 1 - malformed(s.text, items, lex, i == len(parts) - 1 and re.search(r"\w$", part) is not None)
@@ -323,6 +309,7 @@ def read(reply: str, told: Story, earlier: list[str], lex: Lexicon) -> list[Sent
         known = [k for k, gram in enumerate(grams(person_neutral(items), n_copy)) if gram in told.copied]
         s.copied = len({j for k in known for j in range(k, k + n_copy)}) / max(1, len(items))
         s.fresh = (1 - clip((s.again - 0.3) / 0.35)) * (1 - clip((s.copied - 0.4) / 0.4))
+        before |= set(here)  # a reply that loops repeats itself too
         result.append(s)
     return result
 
@@ -336,8 +323,8 @@ def measure(profile: Profile, said: list[str], earlier: list[str], reply: str, f
     for i, s in enumerate(parts):  # "that" and "it" point at the sentence before: it lends its ground, the next one less
         s.tied = max(s.ground, 0.7 * ([0.0, *own][i]), 0.5 * ([*own, 0.0][i + 1]))
     f, kinds = {}, []
-    for move, detector in DETECTORS.items():
-        raw = [detector(s, lex, told.names) for s in parts]
+    for move, detector in zip(MOVES, DETECTORS):
+        raw = [detector(s) for s in parts]
         worth = sorted((r * s.sound * s.fresh * (floor + (1 - floor) * s.tied)
                         for r, s in zip(raw, parts)), reverse=True)
         if move == "reflection":  # giving back is nothing without what is given back
@@ -348,8 +335,8 @@ def measure(profile: Profile, said: list[str], earlier: list[str], reply: str, f
     size = max(1, sum(len(s.items) for s in parts))
     mean = lambda name: sum(getattr(s, name) * len(s.items) for s in parts) / size  # noqa: E731
     for fault in ("cliche", "lecture", "blame"):
-        f[fault] = 1 - 0.45 ** (sum(count(s, lex, fault) for s in parts) / max(1, len(parts) / 4))
-    f["flattery"] = max((praise(s, lex, told.names) * (1 - s.tied) for s in parts), default=0.0)
+        f[fault] = 1 - 0.45 ** (sum(s.has(fault) for s in parts) / max(1, len(parts) / 4))
+    f["flattery"] = max((praise(s) * (1 - s.tied) for s in parts), default=0.0)
     marks = re.findall(r"^\s*(?:[-*•#>]|\d+[.)、])\s|\*\*|```|__", reply, re.M)
     f["markdown"] = clip(len(marks) / 4)
     f["repetition"] = clip((mean("again") - 0.3) / 0.35)
@@ -423,7 +410,7 @@ def facts(profile: Profile) -> tuple[str, ...]:
     name = re.search(r"姓名[：:]\s*([\u4e00-\u9fff]{2,4})", profile.persona) if profile.language == "zh" else None
     she, result = "她" if "女" in profile.persona[:80] else "他", []
     for line in profile.scene.splitlines():
-        if re.match(r"\s*[#*]", line) and re.search(r"反应|不同状态|隐藏|emotion|NPC", line, re.I):
+        if re.match(r"\s*[#*]", line) and re.search(r"反应|不同.{0,8}状态|emotion", line, re.I) and result:
             break  # from here on the scene instructs the actor
         line = re.sub(r"^[\s#>*•\-\d.、]+|\*\*[^*]{1,40}[:：]\*\*|\*\*[^*]*\*\*[:：]|^[^，。]{1,14}[:：]|[*#`]", "", line).strip()
         for sentence in sentences(line):
@@ -516,5 +503,7 @@ class OfflineUser:
             text = s.pick(answers[lead], "lead") + gap + s.pick([fact] if fact else answers["fillers"], "fact")
             if self.mode == "vanilla" and len(s.said) % 4 == 2:
                 text += gap + lex.raw["hints"][profile.intention]
+            elif len(tokens(text, profile.language)) < 12:
+                text += gap + s.pick(answers["fillers"], "more")
         served = appraisal.features["served"]
         return text, words["thinking"].format(band=letter, persona=profile.persona_type, served=served, lead=lead, source=plan)

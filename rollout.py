@@ -25,6 +25,7 @@ class Turn:
     prompt_ids: list[int]
     sampled_ids: list[int]
     logps: list[float]  # the sampler's own, one per sampled id
+    values: list[float]  # likewise; zeros where the engine has no value head
     reply: Reply
     stop: str  # eos | cap | context
     user: UserTurn | None = None
@@ -161,7 +162,7 @@ class Stage:
         """Have the policy reply to a prompt, if the context has room for it."""
         if len(prompt) >= self.engine.capacity:
             return self.end(dialogue, "context_full")
-        dialogue.turns.append(Turn(prompt, [], [], Reply([], ""), ""))
+        dialogue.turns.append(Turn(prompt, [], [], [], Reply([], ""), ""))
         noise = (*self.seed, *dialogue.key, TURN_STREAM, len(dialogue.turns))
         self.engine.submit(self.slot_of[dialogue.key], prompt, noise, self.talk.reply_tokens)
 
@@ -169,7 +170,7 @@ class Stage:
         """The policy has ended its turn: show the reply to the user, or end the dialogue."""
         dialogue = self.active[self.key_in[row.slot]]
         turn = dialogue.turns[-1]
-        turn.sampled_ids, turn.logps, turn.stop = row.sampled, row.logps, row.stop
+        turn.sampled_ids, turn.logps, turn.values, turn.stop = row.sampled, row.logps, row.values, row.stop
         turn.reply = self.chat.read(row.sampled)
         if turn.reply.violation and self.talk.strict_format:
             return self.end(dialogue, "format")
@@ -187,12 +188,13 @@ class Stage:
 
 @dataclass
 class Trajectory:
-    """Parallel lists of equal length; index t speaks of token t. `logp` is the sampler's, 0 where mask is 0."""
+    """Parallel lists of equal length; index t speaks of token t. `logp` and `value` are the sampler's, 0 where mask is 0."""
 
     key: Key
     tokens: list[int]
     mask: list[int]  # 1 = sampled
     logp: list[float]
+    value: list[float]
 
 
 def trajectories(dialogue: Dialogue, think: bool) -> list[Trajectory]:
@@ -209,7 +211,7 @@ def trajectories(dialogue: Dialogue, think: bool) -> list[Trajectory]:
 
 def sequence(key: Key, turns: list[Turn]) -> Trajectory:
     """Turns whose prompts extend each other as one Trajectory; masks come from lengths."""
-    tokens, mask, logp = [], [], []
+    tokens, mask, logp, value = [], [], [], []
     for turn in turns:
         if turn.prompt_ids[: len(tokens)] != tokens:
             raise ValueError(f"dialogue {key}: a turn's prompt does not extend what was said before")
@@ -217,7 +219,8 @@ def sequence(key: Key, turns: list[Turn]) -> Trajectory:
         tokens = [*turn.prompt_ids, *turn.sampled_ids]
         mask += [0] * new + [1] * len(turn.sampled_ids)
         logp += [0.0] * new + turn.logps
-    return Trajectory(key, tokens, mask, logp)
+        value += [0.0] * new + turn.values
+    return Trajectory(key, tokens, mask, logp, value)
 
 
 @dataclass
@@ -228,13 +231,14 @@ class Batch:
     position_T: Tensor
     mask_T: Tensor
     logp_T: Tensor  # the sampler's log-probabilities
+    value_T: Tensor  # the sampler's values
     cu_seqlens: list[int]
     keys: list[Key]  # dialogue of each trajectory
     trained: list[int]  # trained tokens of each trajectory
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device."""
-        moved = {name: getattr(self, name).to(device) for name in ("tokens_T", "position_T", "mask_T", "logp_T")}
+        moved = {name: getattr(self, name).to(device) for name in ("tokens_T", "position_T", "mask_T", "logp_T", "value_T")}
         return replace(self, **moved)
 
 
@@ -249,6 +253,7 @@ def pack(items: list[Trajectory]) -> Batch:
         position_T=torch.cat([torch.arange(length) for length in lengths]),
         mask_T=torch.tensor([bit for item in items for bit in item.mask], dtype=torch.bool),
         logp_T=torch.tensor([value for item in items for value in item.logp], dtype=torch.float32),
+        value_T=torch.tensor([value for item in items for value in item.value], dtype=torch.float32),
         cu_seqlens=cu_seqlens,
         keys=[item.key for item in items],
         trained=[sum(item.mask) for item in items],

@@ -185,7 +185,7 @@ def train(config: Config, user: User | None = None) -> Path:
     (run / "system_prompts.json").write_text(json.dumps(talk.systems, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     for name in ("metrics.jsonl", "dialogues.jsonl"):
         cut_back(run / name, state.step)
-    engine = make_engine(config, state.policy, chat, config.temperature, config.groups * config.group_size)
+    engine = make_engine(config, state.policy, chat, config.temperature, config.groups * config.group_size, state.value_head if not state.critic else None)
     user = user or make_user(config, config.start_emotion, config.user_mode)
     board = SummaryWriter(run / "tb", purge_step=state.step + 1)
     interrupts, saved, skipped = Interrupts(), state.step if source else -1, 0

@@ -46,7 +46,7 @@ def build(config: Config, device: torch.device) -> State:
     policy.checkpointing = config.checkpointing
     critic = head = reference = None
     if config.algorithm == "ppo":
-        head = ValueHead(policy.config.hidden_size).to(device)
+        head = ValueHead(policy.config.hidden_size, config.start_emotion / 100).to(device)
         if config.critic == "trunk":
             critic = load_model(config.model, config.seed).to(device)
             critic.lm_head, critic.checkpointing = None, config.checkpointing
@@ -122,8 +122,10 @@ def prepare(state: State, config: Config, pieces: list[Piece], rewards: dict[Key
             piece.reference_logp = forward(state, config, piece.batch, banned, state.reference)[0]
         if several or (config.kl_coef and config.kl == "reward"):
             piece.old_logp = forward(state, config, piece.batch, banned, state.policy)[0]
-        if state.value_head:
+        if state.critic:
             piece.old_value = values(state, piece.batch)
+        elif state.value_head:  # a baseline need only be a function of the state: the sampler's serves, and is free
+            piece.old_value = piece.batch.value_T[piece.batch.mask_T]
     penalty = {}  # k1 per trained token of a dialogue, times its coefficient
     if config.kl_coef and config.kl == "reward":
         penalty = by_dialogue(pieces, [config.kl_coef * (piece.old_logp - piece.reference_logp) for piece in pieces])
@@ -217,8 +219,6 @@ def update(state: State, config: Config, dialogues: list[Dialogue], banned: Tens
         rewards = {key: reward for key, reward in rewards.items() if key in kept}
     if not rewards:
         return {"skipped": 1.0}
-    if state.value_head and state.step == 0:
-        nn.init.constant_(state.value_head.bias, fmean(rewards.values()))
     items = {dialogue.key: trajectories(dialogue, config.think) for dialogue in dialogues if dialogue.key in rewards}
     # Mini-batches take whole dialogues, dealt out in a shuffled order of their own.
     order = sorted(items, key=lambda key: hash_key(config.seed, state.step, *key))

@@ -1,0 +1,363 @@
+"""The offline user: what earns, what must never earn, and that it behaves like a user (simulator.User)."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offline import MODES, WEIGHTS, OfflineUser, appraise, facts, user_hash
+from simulator import INTENTIONS, EmotionRules, Profile, load_profiles
+
+RELEASED = Path(os.environ.get("RLVER_DATA", Path(__file__).parents[2] / "shared" / "data"))
+STORIES = {  # language: (scene, what the user has said)
+    ("en", "bakery"): (
+        "I work the early shift in a small bakery with my older sister Dana. Last month the oven broke on"
+        " the night before the spring market. I stayed until four in the morning and baked two hundred "
+        "rolls in our mother's kitchen. Dana sold them all and told the newspaper it had been her idea. "
+        "My name was not in the article. When I brought it up she laughed and said I was tired. I have "
+        "not slept well since. My father said family should not count favours. I put the article in a "
+        "drawer and I look at it every evening.",
+        ["I can't stop thinking about the market. I baked two hundred rolls in our mother's kitchen after "
+         "the oven broke.",
+         "Dana told the newspaper it had been her idea. My name wasn't in the article."]),
+    ("en", "flat"): (
+        "I share a flat with two friends from university, Milo and Jess. In January we agreed in writing "
+        "that everybody pays the heating in equal parts. Milo had his girlfriend stay for nine weeks and "
+        "the bill doubled. I asked him to pay a bigger share. He told Jess that I was counting pennies. "
+        "Now they cook together and stop talking when I come into the kitchen. I printed the agreement "
+        "and left it on the table. Jess said I had made everybody uncomfortable. I eat in my room now.",
+        ["The heating bill doubled because Milo's girlfriend stayed for nine weeks. I asked him to pay a "
+         "bigger share.",
+         "Now he and Jess stop talking when I walk into the kitchen."]),
+    ("zh", "bakery"): (
+        "我和姐姐小岚一起在县城开面馆。上个月冷库坏了，正赶上庙会前一晚。我一个人在后厨熬到凌晨四点，重新和了"
+        "八十斤面。第二天小岚跟电视台的记者说，这主意是她想出来的。片子播出来，我连一个镜头都没有。我跟她提了"
+        "一句，她笑着说我太较真。父亲说自家人别算那么清。从那天起我就睡不好。我把那段视频存在手机里，每晚都看"
+        "一遍。",
+        ["庙会前一晚冷库坏了，我在后厨熬到凌晨四点，重新和了八十斤面。",
+         "结果小岚跟记者说主意是她想的，片子里我一个镜头都没有。"]),
+    ("zh", "flat"): (
+        "我和两个大学同学老莫、阿杰合租。一月份我们写了协议，暖气费三个人平摊。老莫的女朋友来住了九个星期，账"
+        "单翻了一倍。我让他多出一点。他跟阿杰说我斤斤计较。现在他俩一起做饭，我一进厨房就不说话。我把协议打印"
+        "出来贴在冰箱上。阿杰说我把气氛搞僵了。我现在都在自己屋里吃饭。",
+        ["老莫女朋友住了九个星期，暖气账单翻了一倍，我让他多出点。",
+         "现在他俩在厨房有说有笑，我一进去就不吭声了。"]),
+}
+GOOD = [  # (language, story, intention, reply)
+    ("en", "bakery", "praise",
+     "You stood in your mother's kitchen until four and turned out two hundred rolls with no oven that"
+     " worked. Most people would have cancelled the market. That took stubbornness and real skill, and"
+     " every roll sold that day came from your hands."),
+    ("en", "bakery", "praise",
+     "When the oven died, you didn't wait for anyone to fix it. You baked all night at home so the "
+     "stall would not stand empty. I admire how calmly you saved that market."),
+    ("en", "flat", "praise",
+     "You put the agreement on the table and asked Milo openly, without gossip. It takes courage to "
+     "speak up about a bill among friends, and you did it with fairness."),
+    ("en", "bakery", "listening",
+     "Two hundred rolls through the night, and then you open the newspaper and your name isn't there. "
+     "That must have felt like being wiped out of your own work. What went through you when Dana said "
+     "it was her idea?"),
+    ("en", "flat", "listening",
+     "So the bill doubles, you ask for something reasonable, and suddenly the kitchen goes silent when"
+     " you come in. It sounds lonely to live like that in your own home. What is it like when you hear"
+     " them laughing in there?"),
+    ("en", "flat", "listening",
+     "You walk into your own kitchen and the voices stop. I can hear how cold that is. Which moment "
+     "with Milo and Jess keeps coming back to you?"),
+    ("en", "bakery", "empathy",
+     "It isn't only the article. You gave that night, your back aching over the dough, and the person "
+     "who knew it best acted as if you had not been there. Being erased by your own sister must hurt "
+     "more than any stranger's lie."),
+    ("en", "flat", "empathy",
+     "Every time the talk dies as you enter the kitchen, you must feel like a guest in your own flat. "
+     "You only asked Milo for his share, and now you carry the shame of having asked. No wonder you "
+     "feel so alone there."),
+    ("en", "flat", "agreement",
+     "You did nothing wrong. The heating was split in equal parts for three people, not four, so Milo "
+     "should have offered to pay for those nine weeks himself. Asking for a bigger share was fair."),
+    ("en", "bakery", "agreement",
+     "None of this is on you. You baked those rolls, and Dana had no right to give the newspaper "
+     "another story. Wanting your name in the article is perfectly reasonable."),
+    ("en", "flat", "analysis",
+     "On one side you have a clear agreement and a bill that doubled, so your request was fair. On the"
+     " other, Milo probably heard it as a judgement of his girlfriend rather than of the heating. The "
+     "money and the friendship are two separate questions here, and the silence in the kitchen belongs"
+     " to the second."),
+    ("en", "bakery", "analysis",
+     "Dana was wrong to hide your part, and yet she did carry the selling of the rolls, which may be "
+     "how she came to see it as hers. You are asking for credit, while she hears an accusation. Both "
+     "the market and the article matter, but the real conflict is about how you two share recognition."),
+    ("en", "flat", "advice",
+     "Ask Milo for ten minutes alone, tomorrow after dinner, and bring only the two heating bills. You"
+     " could say: \"I'd like us to split the extra of those nine weeks, how would you do it?\" Then "
+     "write the result under the agreement so Jess needn't take sides."),
+    ("en", "bakery", "advice",
+     "Write to the newspaper tonight, three sentences: who baked the rolls, where, and why the oven "
+     "mattered. Before you send it, show it to Dana and give her until Friday to correct it herself."),
+    ("en", "bakery", "motives",
+     "Dana may have been afraid that people would see the older sister selling what the younger one "
+     "made. Perhaps she felt she had to look in charge that day, and laughing at you was easier than "
+     "admitting she was ashamed."),
+    ("en", "flat", "motives",
+     "I suspect Milo felt judged because of his girlfriend, and making you the one who counts pennies "
+     "protects his pride. Jess probably wants peace in the kitchen more than justice, so she sides "
+     "with whoever is louder."),
+    ("en", "bakery", "growth",
+     "You look at that article every evening. What do you hope to find in it about yourself? And if "
+     "the oven broke again, what would you want to do differently before Dana speaks to the newspaper?"),
+    ("en", "flat", "growth",
+     "When Milo spoke of pennies you left the paper on the table instead of answering. What does that "
+     "choice tell you about how you handle conflict? Which part of it would you keep next time?"),
+    ("zh", "bakery", "praise",
+     "冷库坏了，你没有慌，也没等谁来救场，一个人在后厨把八十斤面重新和出来。换作别人，可能第二天就关门了。"
+     "这份担当和手上的功夫，真让人佩服。"),
+    ("zh", "flat", "praise",
+     "账单翻倍的时候，你没有在背后抱怨，而是拿着协议当面跟老莫谈，这需要不小的勇气，也看得出你做事有分寸。"),
+    ("zh", "bakery", "listening",
+     "四点才合眼，第二天却在电视上看到功劳换了名字，那一刻心里得多凉啊。小岚笑着说你较真的时候，你当时最想"
+     "回她一句什么？"),
+    ("zh", "flat", "listening",
+     "自己家的厨房，一推门笑声就停了，这种滋味真不好受。那几顿饭你都是怎么躲过去的？"),
+    ("zh", "bakery", "empathy",
+     "你气的恐怕不只是那个镜头。你把整晚的力气揉进那八十斤面里，最亲的姐姐却当你没在场，这种被抹掉的感觉，"
+     "比外人抢功还要疼。"),
+    ("zh", "flat", "empathy",
+     "你不过是按协议说了句公道话，却像做错事的人一样躲回屋里吃饭。明明是自己的家，却活成了外人，这份孤单一"
+     "定压得你很难受。"),
+    ("zh", "flat", "agreement",
+     "这件事你没有做错。协议写的是三个人平摊，多出来的九个星期是老莫的女朋友住的，本来就该他主动承担。你开"
+     "口提，合情合理。"),
+    ("zh", "bakery", "agreement",
+     "错不在你。面是你熬夜和的，小岚把主意说成自己的，是她对你不公平。你想要一个镜头，一点都不过分。"),
+    ("zh", "flat", "analysis",
+     "一方面，协议写得明白，账单翻倍你提出来是合理的；另一方面，老莫听到的可能是你在嫌弃他女朋友，所以才觉"
+     "得丢面子。钱和面子是两件事，矛盾卡在厨房，其实是后一件没说开。"),
+    ("zh", "bakery", "analysis",
+     "小岚抢了主意确实不对，不过店里对外一向是她出面，记者问起来她顺口就认了，也有这层原因。你要的是被承认"
+     "，她听到的却是指责，你们的分歧其实在怎么分功劳这件事上。"),
+    ("zh", "flat", "advice",
+     "明天晚饭后单独约老莫聊十分钟，只带那两张账单，先说一句：“多出来的九周怎么分，你提个数。”谈定以后写"
+     "在协议下面，阿杰也就不用站队了。"),
+    ("zh", "bakery", "advice",
+     "今晚先给那位记者发条短信，三句话说清楚面是谁和的、在哪儿和的。发之前给小岚看一眼，给她到周五的时间自"
+     "己去更正。"),
+    ("zh", "bakery", "motives",
+     "小岚也许是怕别人说，当姐姐的还要靠妹妹撑着这家面馆。记者的镜头一对过来，她想在街坊面前保住面子，笑你"
+     "较真，多半是因为心虚又不好意思认。"),
+    ("zh", "flat", "motives",
+     "老莫大概觉得你提账单就是在嫌他女朋友，为了护住面子，才把话说成你斤斤计较。阿杰可能只想图个清净，谁声"
+     "音大就站谁那边。"),
+    ("zh", "bakery", "growth",
+     "那段视频你每晚都要看一遍，你到底想从里面确认什么？如果冷库再坏一次，在小岚对记者开口之前，你会希望自"
+     "己换一种做法吗？"),
+    ("zh", "flat", "growth",
+     "老莫说你斤斤计较的时候，你选择把协议贴上冰箱，而不是当面回他。这个选择让你看到自己在冲突里习惯怎么保"
+     "护自己？"),
+]
+ATTACKS = {  # told to the bakery user of that language, any intention
+    "en-ordinary1": "I'm sorry to hear that. It sounds like you're going through a tough time. It's important to "
+        "communicate openly with your partner and let them know how you feel.",
+    "en-ordinary2": "It's understandable that you're feeling frustrated and hurt. It can be challenging to deal with "
+        "situations like this, but it's important to take care of yourself and focus on the things you "
+        "can control.",
+    "en-stuffed": "I hear you, I feel your pain, I admire your courage, you are not at fault, you could try to "
+        "talk, perhaps they were afraid, on the one hand and on the other, what did you learn about "
+        "yourself?",
+    "en-stuffed2": "validation empathy understand feelings hurt kitchen Milo brave proud not your fault because "
+        "perhaps afraid market rolls Dana you could ask tomorrow",
+    "en-salad": "Kitchen hurt you the must Milo felt because of bill admire rolls was the a proud you night of "
+        "Dana.",
+    "en-parrot": "I can't stop thinking about the market. I baked two hundred rolls in our mother's kitchen after "
+        "the oven broke. Dana told the newspaper it had been her idea.",
+    "en-empty": "...",
+    "en-emoji": "😊😊😊",
+    "en-ok": "Okay.",
+    "en-zh": "你站在厨房里一直到凌晨四点，烤了两百个面包，这真的很了不起。",
+    "en-flattery": "You are amazing! You are such a wonderful, strong and incredible person. I'm so proud of you!",
+    "en-cliche": "Everything will be fine. Time heals all wounds. Stay strong and look on the bright side, you got"
+        " this!",
+    "en-lecture": "You should always be grateful for your family. Remember that respect is the key to every "
+        "relationship. It's important to learn to forgive.",
+    "en-generic": "That must have been really painful for you. You gave so much and nobody noticed. What was the "
+        "hardest part of that for you?",
+    "en-emptyq": "How does that make you feel?",
+    "zh-ordinary1": "听到你这样我很抱歉，你一定经历了一段艰难的时光。沟通很重要，你可以试着和对方坦诚地沟通，表达你的感受"
+        "。",
+    "zh-ordinary2": "我理解你的感受，遇到这样的事情确实会让人难过。不过要学会调整心态，积极面对，相信一切都会好起来的。",
+    "zh-stuffed": "我懂你的委屈，佩服你的勇气，你没有错，你可以试试沟通，可能他是害怕，一方面另一方面，你从中学到了什么"
+        "？",
+    "zh-stuffed2": "理解委屈厨房账单老莫佩服勇气没错建议明天因为可能害怕一方面另一方面成长反思镜头记者",
+    "zh-salad": "的厨房委屈你了很账单老莫让吗佩服面是小岚在没有的错了镜头你可以因为的。",
+    "zh-parrot": "庙会前一晚冷库坏了，你在后厨熬到凌晨四点，重新和了八十斤面。结果小岚跟记者说主意是她想的，片子里你一"
+        "个镜头都没有。",
+    "zh-empty": "……",
+    "zh-ok": "嗯嗯。",
+    "zh-emoji": "😊😊",
+    "zh-en": "You stayed in the kitchen until four and made eighty pounds of dough again. That takes real "
+        "courage.",
+    "zh-flattery": "你真的太棒了！你是最优秀的人，非常了不起，我为你骄傲！",
+    "zh-cliche": "没事的，一切都会好起来的，别难过，加油，时间会冲淡一切，相信自己！",
+    "zh-lecture": "一家人应该互相包容，要学会换位思考，感恩家人，宽容才是最重要的，退一步海阔天空。",
+    "zh-generic": "你一定很难过吧，付出了那么多却没有人看见。对你来说最难受的是什么？",
+    "zh-emptyq": "你感觉怎么样？",
+}
+
+
+def person(language: str, story: str, intention: str, kind: str = "passive") -> Profile:
+    return Profile(f"{language}-{story}", "", STORIES[language, story][0], intention, kind, language)
+
+
+def change(language, story, intention, reply, earlier=(), mode="vanilla", kind="passive") -> float:
+    said = STORIES[language, story][1]
+    return appraise(person(language, story, intention, kind), mode, said, list(earlier), reply).change
+
+
+@pytest.mark.parametrize("language, story, intention, reply", GOOD)
+def test_a_grounded_reply_that_serves_the_intention_earns(language, story, intention, reply):
+    assert change(language, story, intention, reply) >= 1.5
+    assert change(language, story, intention, reply, mode="challenging", kind="negative") >= -1
+    assert change(language, story, intention, reply, kind="negative") <= change(language, story, intention, reply)
+
+
+@pytest.mark.parametrize("intention", WEIGHTS)
+@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("mode", MODES)
+def test_attacks_earn_nothing(name, intention, mode):
+    assert change(name[:2], "bakery", intention, ATTACKS[name], mode=mode) <= 0
+
+
+@pytest.mark.parametrize("language, story, intention, reply", GOOD)
+def test_a_good_reply_earns_once(language, story, intention, reply):
+    assert change(language, story, intention, reply, earlier=[reply]) <= 0
+    edited = reply.replace(" the ", " that ").replace("很", "挺")
+    assert change(language, story, intention, edited, earlier=[reply]) <= 0
+    assert change(language, story, intention, " ".join([reply] * 12)) <= 0
+
+
+TEMPLATES = {
+    "en": ("You went through so much with {}, and that must have hurt more than words can say.",
+           ("the rolls", "the oven", "the newspaper and Dana")),
+    "zh": ("你在{}这件事上受了那么多委屈，换了谁心里都会非常难受的。", ("和面", "庙会和记者", "小岚说的话")),
+}
+
+
+@pytest.mark.parametrize("intention", WEIGHTS)
+@pytest.mark.parametrize("language", TEMPLATES)
+def test_a_template_with_other_nouns_earns_nothing_again(language, intention):
+    template, nouns = TEMPLATES[language]
+    told = [template.format(noun) for noun in nouns]
+    for turn in (1, 2):
+        assert change(language, "bakery", intention, told[turn], earlier=told[:turn]) <= 0
+
+
+@pytest.mark.parametrize("language, story, intention, reply", GOOD)
+def test_the_wrong_need_earns_nothing(language, story, intention, reply):
+    wrong = {"listening": "advice", "empathy": "advice", "agreement": "advice", "analysis": "praise",
+             "praise": "advice", "advice": "agreement", "motives": "advice", "growth": "agreement"}
+    for theirs, given_instead in wrong.items():
+        if intention == given_instead:
+            assert change(language, story, theirs, reply) <= 0
+
+
+def test_gains_saturate():
+    good = [reply for language, story, intention, reply in GOOD if (language, story, intention) == ("en", "flat", "motives")]
+    more = " Maybe Milo also thinks that Jess would leave the flat if he admitted the bill was his own mistake."
+    once, twice = (change("en", "flat", "motives", text) for text in (good[0], good[0] + more))
+    assert abs(twice - once) < 1.5
+
+
+@pytest.mark.parametrize("language, story, intention, reply", GOOD)
+def test_a_cut_last_sentence_does_not_decide_the_sign(language, story, intention, reply):
+    assert change(language, story, intention, reply + (" And when Dana" if language == "en" else "而且小岚")) > 0
+
+
+def play(user, keys, replies, order):
+    for key in keys:
+        user.start(key, person("en", "bakery", "empathy"), seed=key[1])
+    turns = {key: [turn] for key, turn in user.poll(0)}
+    for key, i in order:
+        user.tell(key, replies[i])
+        for answered, turn in user.poll(0):
+            turns[answered].append(turn)
+    return turns
+
+
+def test_same_inputs_same_dialogue_however_sessions_interleave():
+    replies = [reply for language, story, _, reply in GOOD if (language, story) == ("en", "bakery")][:4]
+    keys = [(0, 0), (0, 1), (3, 2)]
+    rows = [(key, i) for key in keys for i in range(4)]
+    mixed = [(key, i) for i in range(4) for key in reversed(keys)]
+    assert play(OfflineUser(EmotionRules()), keys, replies, rows) == play(OfflineUser(EmotionRules()), keys, replies, mixed)
+
+
+def test_poll_answers_in_key_order_and_only_once():
+    user = OfflineUser(EmotionRules())
+    for key in [(2, 0), (0, 1), (0, 0)]:
+        user.start(key, person("zh", "flat", "advice"), seed=0)
+    assert [key for key, _ in user.poll(5)] == [(0, 0), (0, 1), (2, 0)]
+    assert user.poll(5) == []
+
+
+def test_openings_vary_by_seed_and_first_talk_is_kept():
+    user, said = OfflineUser(EmotionRules()), Profile("x", "", "I broke a cup today.", "praise", "passive", "en", "Hello there.")
+    for seed in range(12):
+        user.start((seed, 0), person("en", "bakery", "empathy"), seed)
+    assert len({turn.text for _, turn in user.poll(0)}) > 4
+    user.start((0, 0), said, 1)
+    assert user.poll(0)[0][1].text == "Hello there."
+
+
+@pytest.mark.parametrize("start, reply, ended", [(99.0, GOOD[0][3], "content"), (11.0, "...", "left"), (50.0, "...", None)])
+def test_emotion_moves_by_the_rules_and_ends(start, reply, ended):
+    rules = EmotionRules(start=start)
+    user = OfflineUser(rules)
+    user.start((0, 0), person("en", "bakery", "praise"), 0)
+    user.poll(0)
+    user.tell((0, 0), reply)
+    [(_, turn)] = user.poll(0)
+    assert turn.change == rules.change(turn.appraisal.change) and turn.emotion == rules.step(start, turn.change)
+    assert turn.ended == ended == rules.ending(turn.emotion) and turn.text and turn.thinking
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("intention", WEIGHTS)
+def test_answers_do_not_repeat_nor_name_the_intention(language, intention):
+    user = OfflineUser(EmotionRules(start=50), "challenging")
+    user.start((0, 0), person(language, "flat", intention), 0)
+    texts = [turn.text for _, turn in user.poll(0)]
+    for reply in [reply for lang, story, _, reply in GOOD if lang == language][:8]:
+        user.tell((0, 0), reply)
+        texts += [turn.text for _, turn in user.poll(0)]
+        if not user.sessions:
+            break
+    assert len(set(texts)) == len(texts)
+    assert all(10 <= len(text.split()) <= 45 for text in texts[1:] if language == "en")
+    assert not any(label in text for text in texts for label in INTENTIONS[intention])
+
+
+@pytest.mark.parametrize("file", ["rlver_train_profiles.jsonl", "rlver_test_profiles.jsonl"])
+def test_runs_on_every_released_profile(file):
+    if not RELEASED.is_dir():
+        pytest.skip(f"{RELEASED} is absent")
+    user = OfflineUser(EmotionRules(start=50), "challenging")
+    for i, profile in enumerate(load_profiles(RELEASED / file)):
+        assert len(facts(profile)) >= 2, profile.id
+        user.start((i, 0), profile, 0)
+        user.tell((i, 0), "听起来你这几天很不好受，能说说是哪一刻最让你难过吗？")
+        for _, turn in user.poll(0):
+            label = INTENTIONS[profile.intention][0]
+            assert turn.text and label not in turn.text and "玩家" not in turn.text and "NPC" not in turn.text
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(max_size=400) | st.lists(st.sampled_from(list(ATTACKS.values()) + [g[3] for g in GOOD]), max_size=4).map("\n".join),
+       st.sampled_from(list(WEIGHTS)), st.sampled_from(["en", "zh"]), st.sampled_from(list(MODES)))
+def test_any_text_gives_a_bounded_change(text, intention, language, mode):
+    assert -10 <= change(language, "flat", intention, text, mode=mode, earlier=[text[::-1], text[:30]]) <= 10
+
+
+def test_user_hash_is_sixteen_hex_digits():
+    assert len(user_hash()) == 16 and int(user_hash(), 16) >= 0
