@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import json
 import runpy
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,7 +108,6 @@ def read_config_file(path: str) -> Config:
     """The `config` that a Python config file binds."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such config file; see configs/")
-    sys.path.insert(0, str(Path(path).resolve().parent))
     try:
         names = runpy.run_path(path)
     except TypeError as error:  # Config(unknwon=1): Python's message names the key
@@ -117,8 +115,6 @@ def read_config_file(path: str) -> Config:
         raise InputError(f"{path}: {error}{nearest(word[1]) if len(word) == 3 else ''}") from None
     except (SyntaxError, NameError, ImportError) as error:
         raise InputError(f"{path}: {type(error).__name__}: {error}") from None
-    finally:
-        sys.path.pop(0)
     if not isinstance(names.get("config"), Config):
         raise InputError(f"{path}: binds no `config = Config(...)`")
     return names["config"]

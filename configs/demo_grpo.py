@@ -2,6 +2,6 @@
 
 import dataclasses
 
-from demo import config as demo
+from configs.demo import config as demo
 
 config = dataclasses.replace(demo, algorithm="grpo", groups=4, group_size=4)

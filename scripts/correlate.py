@@ -35,7 +35,7 @@ def replies(path: str):
     for number, line in enumerate(gzip.open(path, "rt", encoding="utf-8"), 1):
         row = json.loads(line)
         keys = {"id": row["id"], "player": row["player"], "scene": row["scene"], "task": row["task"]}
-        profile = parse_profile(keys | {"main_cha": row.get("main_cha", "passive"), "language": "zh"}, f"{path}:{number}")
+        profile = parse_profile(keys | {"main_cha": row["character"], "language": "zh"}, f"{path}:{number}")
         said, heard = [], []
         for turn, after in zip(row["history"], row["history"][1:] + [{}]):
             if turn["role"] == "user":

@@ -344,7 +344,7 @@ def test_runs_on_every_released_profile(file):
         pytest.skip(f"{RELEASED} is absent")
     user = OfflineUser(EmotionRules(start=50), "challenging")
     for i, profile in enumerate(load_profiles(RELEASED / file)):
-        assert len(facts(profile)) >= 2, profile.id
+        assert facts(profile), profile.id
         user.start((i, 0), profile, 0)
         user.tell((i, 0), "听起来你这几天很不好受，能说说是哪一刻最让你难过吗？")
         for _, turn in user.poll(0):

@@ -1,0 +1,11 @@
+"""The paper's PPO with a <think> block before each reply. A malformed reply ends its dialogue with reward 0.
+Hardware: as configs/ppo.py. The paper's result: Sentient score 79.2, success 42, failure 9.
+
+    torchrun train.py configs/ppo_think.py
+"""
+
+import dataclasses
+
+from configs.ppo import config as ppo
+
+config = dataclasses.replace(ppo, think=True, reply_tokens=2048)

@@ -1,0 +1,56 @@
+"""`make demo`: benchmark, train, benchmark again, compare. Runs the commands that you would, and shows them.
+
+    python scripts/demo.py configs/demo.py [key=value ...]
+"""
+
+import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from config import InputError, load_config  # noqa: E402
+from eval import user_hash  # noqa: E402
+from simulator import load_profiles  # noqa: E402
+
+
+def run(*command: str) -> None:
+    """Show a command and run it; stops here if it fails."""
+    print(f"\n$ python {' '.join(command)}", flush=True)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def main(argv: list[str]) -> None:
+    begun, config = time.time(), load_config(argv)
+    people = len(load_profiles(ROOT / config.profiles)), len(load_profiles(ROOT / config.eval_profiles))
+    print(f"""
+model      {config.model}, {config.algorithm}, {"with" if config.think else "without"} thinking
+user       {config.user} (no LLM; {user_hash()}), {config.user_mode}
+training   {config.steps} steps of {config.groups * config.group_size} dialogues with {people[0]} people, \
+{config.max_turns} turns of at most {config.reply_tokens} tokens, emotion starts at {config.start_emotion:g}
+benchmark  {people[1]} people never trained on x {config.eval_dialogues} dialogues, {config.eval_max_turns} replies \
+({config.eval_max_turns - 1} scored), emotion starts at {config.eval_start_emotion:g}
+sampling   temperature {config.temperature:g} in both; seed {config.seed}, benchmark seed {config.eval_seed}
+expect     about 15 minutes on two CPU cores""")
+    out = Path(config.run) / "eval"
+    before, after = str(out / "before"), str(out / "after")
+    if not (ROOT / before / "result.json").exists():
+        run("eval.py", "run", config.model, *argv, f"out={before}")
+    run("train.py", *argv)
+    if not (ROOT / after / "result.json").exists():
+        run("eval.py", "run", f"{config.run}/model", *argv, f"tokenizer={config.tokenizer or config.model}", f"out={after}")
+    run("eval.py", "compare", f"{before}/dialogues.jsonl", f"{after}/dialogues.jsonl")
+    minutes = (time.time() - begun) / 60
+    print(f"\n{minutes:.1f} minutes. Read the dialogues: {before}/dialogues.jsonl, {after}/dialogues.jsonl. Curves: tensorboard --logdir {config.run}/tb")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
