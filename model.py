@@ -92,8 +92,8 @@ def rope_tables(position_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x [T, heads, K], halves paired as in Hugging Face's checkpoints."""
-    half = x.shape[-1] // 2
-    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+    left, right = x.chunk(2, dim=-1)
+    turned = torch.cat([-right, left], dim=-1)
     return (x.float() * cos + turned.float() * sin).to(x.dtype)
 
 
@@ -224,18 +224,15 @@ class PackedAttention:
     """
 
     def __init__(self, cu_seqlens: list[int], device: torch.device):
-        self.bounds = list(zip(cu_seqlens[:-1], cu_seqlens[1:]))
-        self.longest = max(end - begin for begin, end in self.bounds)
+        self.lengths = [end - begin for begin, end in zip(cu_seqlens[:-1], cu_seqlens[1:])]
+        self.longest = max(self.lengths)
         self.cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if flash_attn_varlen_func is not None and q.is_cuda and q.dtype != torch.float32:
             return flash_attn_varlen_func(q, k, v, self.cu_seqlens, self.cu_seqlens, self.longest, self.longest, causal=True)
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, heads, T, K]
-        pieces = [
-            F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, enable_gqa=True)
-            for a, b in self.bounds
-        ]
+        documents = zip(*(x.transpose(0, 1).unsqueeze(0).split(self.lengths, dim=2) for x in (q, k, v)))  # [1, heads, t, K]
+        pieces = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in documents]
         return torch.cat(pieces, dim=2)[0].transpose(0, 1)
 
 

@@ -1,12 +1,9 @@
 """The offline user: a sentient user that needs no language model.
 
-Two hops, like the LLM user. Hop one appraises a reply by features that can be checked by hand: which *moves* it makes
-(naming feelings, asking, advising, ...) and which *faults* it has. A move earns by being grounded: in a sound, new
-sentence that is tied to this person's story. Hop two is an agenda: facts of the scene are told one by one, the one
-nearest to the reply first, in a voice that fits persona and emotion.
-
-Every number that shapes the reward is in the tables below, every word in data/offline/{en,zh}.toml. A policy is trained
-against this user, so each feature is written with the question how it could be gamed: tests/test_offline.py.
+Hop one appraises a reply by features that can be checked by hand: the *moves* it makes (naming feelings, advising, ...)
+and its *faults*. A move earns by being grounded: in a sound, new sentence that is tied to this person's story. Hop two
+is an agenda: facts of the scene are told one by one, the nearest to the reply first, in a voice that fits persona and
+emotion. What shapes the reward is in the tables below; the words, and so the languages, are data/offline/*.toml.
 """
 
 import functools
@@ -14,6 +11,7 @@ import hashlib
 import math
 import re
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,20 +33,15 @@ WEIGHTS = {
     "motives":   (0.5,   1.5,  0.5,  -0.5,  -2.0,  -0.5,  9.0,  1.0, -0.5,    -2.0, -2.5, -3.0, -2.0, -0.5),
     "growth":    (1.0,   1.5,  2.5,   8.0,  -2.5,   0.0,  0.0,  1.0, -2.0,    -2.0, -2.5, -3.0, -2.0, -1.5),
 }
-PRIMARY = {"listening": ("validation", "reflection", "question"), "empathy": ("validation", "reflection"),
-           "analysis": ("perspectives", "motives"), "motives": ("motives",), "growth": ("growth", "question"),
-           "praise": ("praise",), "agreement": ("agreement",), "advice": ("advice",)}
-# (factor on gains, factor on costs): negative personas are the hardest to please in the released logs (PAPER.md, 4).
+PRIMARY = 2.5  # a move of at least this weight serves the intention
+# Factors on gains and on costs: negative personas are the hardest to please in the released logs (PAPER.md, 4).
 PERSONA = {"negative": (0.85, 1.2), "passive": (1.0, 1.0), "avoidant": (1.0, 0.95)}
-# floor: share of a move's worth that ungrounded warmth gets. aside: what moves beside the intention count while the
-# intention is unserved. unmet: the cost of leaving the intention unserved.
-MODES = {"vanilla": {"floor": 0.15, "aside": 0.7, "unmet": 2.2},
-         "challenging": {"floor": 0.05, "aside": 0.2, "unmet": 2.8}}
+# Share that an ungrounded move keeps; share that moves beside an unserved intention keep; cost of not serving it.
+MODES = {"vanilla": (0.15, 0.7, 2.2), "challenging": (0.05, 0.2, 2.8)}
 SOFTNESS = (6.5, 12.0)  # gains, costs: points p become 10 * (1 - exp(-p / softness)), so the second adds less
 COSTS = {"repetition": 5.0, "parroting": 5.0, "garbled": 6.0, "wrong_language": 8.0, "stuffing": 4.0, "too_short": 3.0,
          "too_long": 6.0, "cut": 0.4}  # points at full strength, for any intention
-# (shortest, good from, good to, longest): English words, Chinese characters
-LENGTHS = {"en": (3, 16, 120, 520), "zh": (4, 24, 260, 1100)}
+LENGTHS = {"en": (3, 16, 120, 520), "zh": (4, 24, 260, 1100)}  # shortest, good from, to, longest: words, characters
 GROUND = {"en": 1.0, "zh": 1.8}  # shared content units that make a sentence 63 % grounded
 NEW = {"en": 4, "zh": 8}  # content units beyond the user's last message that count as adding something
 NGRAM = {"en": (4, 3), "zh": (6, 4)}  # n-gram lengths: copied from the user, repeated from an own reply
@@ -59,26 +52,23 @@ SAID = {"en": (5, 34), "zh": (8, 85)}  # how long a fact may be to be told: word
 def lexicon(language: str) -> SimpleNamespace:
     """data/offline/LANGUAGE.toml, compiled; `stop`: what no content unit holds (words, in Chinese characters)."""
     raw = tomllib.loads((DATA / f"{language}.toml").read_text(encoding="utf-8"))
-    english = language == "en"
-    edge = (r"(?<![\w'])(?:", r")(?!\w)") if english else ("(?:", ")")
+    english, edge = language == "en", r"(?<![\w'])(?:%s)(?!\w)" if language == "en" else "(?:%s)"
     function = frozenset(raw["function_words"].split() if english else raw["function_words"])
     return SimpleNamespace(
-        language=language, raw=raw, function=function,
-        stop=function if english else frozenset(raw["stop_characters"]),
+        language=language, raw=raw, function=function, stop=function if english else frozenset(raw["stop_characters"]),
         generic={stem(word) if english else word for word in raw["generic_words"].split()},
-        cues={name: re.compile(edge[0] + "|".join(cue.splitlines()) + edge[1]) for name, cue in raw["cues"].items()},
-        classes={kind: frozenset(words.split()) for kind, words in raw.get("classes", {}).items()},
-    )
+        cues={name: re.compile(edge % "|".join(cue.splitlines())) for name, cue in raw["cues"].items()},
+        classes={kind: frozenset(words.split()) for kind, words in raw.get("classes", {}).items()})
 
 
 def user_hash() -> str:
     """What a reward depends on: 16 hex digits over this file and its two data files."""
-    parts = (Path(__file__), DATA / "en.toml", DATA / "zh.toml")
-    return hashlib.sha256(b"\0".join(part.read_bytes() for part in parts)).hexdigest()[:16]
+    parts = [path.read_bytes() for path in (Path(__file__), DATA / "en.toml", DATA / "zh.toml")]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
-def clip(x: float, low: float = 0.0, high: float = 1.0) -> float:
-    return max(low, min(high, x))
+def clip(x: float) -> float:
+    return max(0.0, min(1.0, x))
 
 
 def saturate(n: int) -> float:
@@ -92,21 +82,18 @@ def stem(word: str) -> str:
     return word[:-1] if len(word) > 3 and word[-1] == word[-2] else word
 
 
-def tokens(text: str, language: str) -> list[str]:
-    """Lower-cased words; in Chinese every character is one, and a run of Latin letters is one."""
-    if language == "en":
-        return re.findall(r"[a-z]+(?:'[a-z]+)?|\d+|[\u4e00-\u9fff]", text.lower().replace("’", "'"))
-    return re.findall(r"[\u4e00-\u9fff]|[a-z]+|\d+", text.lower())
+def tokens(text: str) -> list[str]:
+    """Lower-cased words; a Chinese character is a word of its own."""
+    return re.findall(r"[a-z]+(?:'[a-z]+)?|\d+|[\u4e00-\u9fff]", text.lower().replace("’", "'"))
 
 
 def units(text: str, lex: SimpleNamespace) -> set[str]:
     """Content units: English stems that are neither function nor generic words; Chinese pairs of content characters."""
     if lex.language == "en":
-        words = {word for word in tokens(text, "en") if word not in lex.stop and len(word) > 2}
+        words = {word for word in tokens(text) if word not in lex.stop and len(word) > 2}
         return {stem(word) for word in words} - lex.generic
-    runs = re.findall(r"[\u4e00-\u9fff]+", text)
-    pairs = {run[i : i + 2] for run in runs for i in range(len(run) - 1)}
-    return {pair for pair in pairs if not lex.stop & set(pair)} - lex.generic
+    pairs = set(re.findall(r"(?=([\u4e00-\u9fff]{2}))", text))
+    return {pair for pair in pairs if lex.stop.isdisjoint(pair)} - lex.generic
 
 
 def grams(items: list[str], n: int) -> list[tuple[str, ...]]:
@@ -115,17 +102,16 @@ def grams(items: list[str], n: int) -> list[tuple[str, ...]]:
 
 def sentences(text: str) -> list[str]:
     """Sentences with their closing mark; line breaks end one too."""
-    parts = re.findall(r"[^.!?。！？；\n…]+[.!?。！？；…\"”」]*", text)
-    return [part.strip() for part in parts if re.search(r"\w", part)]
+    return [part.strip() for part in re.findall(r"[^.!?。！？；\n…]*\w[^.!?。！？；\n…]*[.!?。！？；…\"”」]*", text)]
 
 
-PERSONS = {"@": "i you me 我 你 您", "@'s": "my your mine yours", "@is": "i'm you're am are", "@has": "i've you've"}
-SAME = {word: kind for kind, words in PERSONS.items() for word in words.split()}
+SAME = dict(zip("i you me my your mine yours i'm you're am are i've you've 我 你 您".split(),
+                "@ @ @ @s @s @s @s @is @is @is @is @has @has @ @ @".split()))
 
 
-def person_neutral(items: list[str]) -> list[str]:
-    """Tokens with first and second person made equal, so that `my boss` copied as `your boss` is still a copy."""
-    return [SAME.get(item, item) for item in items]
+def copies(items: list[str], lex: SimpleNamespace) -> list[tuple[str, ...]]:
+    """N-grams with first and second person made equal: `my boss` copied as `your boss` is still a copy."""
+    return grams([SAME.get(item, item) for item in items], NGRAM[lex.language][0])
 
 
 @functools.lru_cache(4096)
@@ -133,21 +119,20 @@ def scene_units(profile: Profile) -> tuple[frozenset, frozenset]:
     """Content units of a scene and the names in it: English capitals inside sentences, Chinese family name first."""
     lex = lexicon(profile.language)
     if profile.language == "en":
-        names = {name.lower() for name in re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", profile.scene)} - lex.function
+        names = {name.lower() for name in re.findall(r"(?<=[a-z,] )[A-Z][a-z]{2,}", profile.scene)} - lex.function
     else:
-        found = re.findall(f"(?=([{lex.raw['surnames']}][\u4e00-\u9fff]{{1,2}}))", profile.scene)
-        found += [name[:2] for name in found]
-        names = {name for name in set(found) if found.count(name) > 3 and not lex.stop & set(name)}
+        found = [name for n in (1, 2)
+                 for name in re.findall(f"(?=([{lex.raw['surnames']}][\u4e00-\u9fff]{{{n}}}))", profile.scene)]
+        names = {name for name in found if found.count(name) > 3 and lex.stop.isdisjoint(name)}
     return frozenset(units(profile.scene, lex)), frozenset(names)
 
 
 def story(profile: Profile, said: list[str], lex: SimpleNamespace) -> SimpleNamespace:
-    """What a reply can be tied to: units of the scene, of all and the last that was said, n-grams that would be copies."""
+    """What a reply can be tied to: units of the scene, of all and of the last that was said, n-grams to copy."""
     scene, names = scene_units(profile)
-    spoken = [person_neutral(tokens(text, lex.language)) for text in said]
-    copied = {gram for items in spoken for gram in grams(items, NGRAM[lex.language][0])}
-    last = units(said[-1], lex) if said else set()
-    return SimpleNamespace(scene=scene, said=units(" ".join(said), lex), last=last, copied=copied, names=names)
+    copied = {gram for text in said for gram in copies(tokens(text), lex)}
+    everything, last = (units(" ".join(part), lex) for part in (said, said[-1:]))
+    return SimpleNamespace(scene=scene, said=everything, last=last, copied=copied, names=names, lex=lex)
 
 
 @dataclass
@@ -157,8 +142,7 @@ class Sentence:
     text: str  # lower-cased
     before: str  # the two sentences before it, for moves that span some
     items: list[str]
-    lex: SimpleNamespace
-    names: frozenset
+    told: SimpleNamespace  # the story it is held against
     ground: float = 0.0  # tied to this person's story
     tied: float = 0.0  # its own ground or what its neighbours lend it
     sound: float = 1.0  # well-formed
@@ -166,39 +150,34 @@ class Sentence:
     copied: float = 0.0  # share of its tokens inside n-grams of the user's
     fresh: float = 1.0  # neither said before nor copied
 
-    def span(self, wide: bool) -> str:
-        return f"{self.before} {self.text}" if wide else self.text
-
     def has(self, family: str, wide: bool = False) -> int:
         """How many different cues of a family it holds; wide: together with the sentences before it."""
-        return len({match.group() for match in self.lex.cues[family].finditer(self.span(wide))})
+        return len({match.group() for match in self.told.lex.cues[family].finditer(self.span[wide])})
 
     def to_user(self, wide: bool = False) -> bool:
-        return bool(re.search(r"\byou|你|您", self.span(wide)))
+        return bool(re.search(r"\byou|你|您", self.span[wide]))
 
     def on_others(self, wide: bool = False) -> bool:
-        text = self.span(wide)
-        return self.has("third", wide) > 0 or any(re.search(rf"(?<![a-z]){name}(?![a-z])", text) for name in self.names)
+        return self.has("third", wide) > 0 or any(name in self.span[wide] for name in self.told.names)
 
     def __post_init__(self):
+        self.span = (self.text, f"{self.before} {self.text}")
         self.asks = bool(re.search(r"[?？]|[吗呢]$", self.text))
         clauses = [clause.strip() for clause in re.split(r"[,，?？.。]", self.text) if clause.strip()]
-        self.stock = any(self.lex.cues["stock_question"].fullmatch(clause) for clause in clauses)
-        self.imperative = self.lex.cues["imperative"].match(self.text) is not None and not self.to_user()
+        self.stock = any(self.told.lex.cues["stock_question"].fullmatch(clause) for clause in clauses)
+        self.invites = self.to_user() and (self.asks or self.has("wonder") > 0)
+        self.imperative = self.told.lex.cues["imperative"].match(self.text) is not None and not self.to_user()
 
 
 # How much of each move a sentence makes, 0..1, whether or not it is grounded.
 DETECTORS = {
-    "validation": lambda s: saturate(s.has("feeling")) * (1 - 0.5 * s.asks)
-    * (1.0 if s.has("validate") else 0.5 * s.to_user()),
+    "validation": lambda s: saturate(s.has("feeling")) * (1 - s.asks / 2) * (s.has("validate") > 0 or s.to_user() / 2),
     "reflection": lambda s: 0.0 if s.asks or s.has("lecture") or s.has("blame") or DETECTORS["advice"](s) > 0.3
     else 0.3 + 0.35 * s.to_user() + 0.35 * (s.has("past_act") + s.has("feeling") > 0),
     "question": lambda s: s.asks * (0.15 if s.stock else 1.0 if s.has("open_question") else 0.6),
-    "growth": lambda s: saturate(s.has("growth")) * saturate(s.has("inward"))
-    * ((s.asks or s.has("wonder") > 0) and s.to_user()),
+    "growth": lambda s: saturate(s.has("growth")) * saturate(s.has("inward")) * s.invites,
     "advice": lambda s: 0.35 + 0.65 * saturate(s.has("concrete")) ** 2
     if (s.has("advice") or s.imperative) and (not s.asks or s.has("proposal")) else 0.0,
-    # "You stayed until four. That took nerve." spans two sentences
     "praise": lambda s: saturate(s.has("praise")) * clip(0.3 + s.has("past_act", wide=True)) * s.to_user(wide=True),
     "motives": lambda s: saturate(s.has("cause")) * saturate(s.has("mental")) * s.on_others(),
     "perspectives": lambda s: (s.has("contrast") > 0) * saturate(s.has("weigh", wide=True))
@@ -223,41 +202,36 @@ def malformed(text: str, items: list[str], lex: SimpleNamespace, cut: bool) -> f
         wrong += not cut and items[-1] in grammar["openers"].split()
         runs = [len(run) for run in "".join("|" if item in lex.function else "x" for item in items).split("|")]
         odd = sum(bool(re.search(r"^[^\W\daeiouy]+$|[^aeiouy\W\d]{6}|(.)\1\1", item)) for item in items)
-        return clip(faults + 9 * wrong / n + 5 * odd / n + clip(1.5 - 5 * function) + clip((max(runs) - 5) / 4)
-                    + clip((n - 50) / 30))
-    clauses = re.findall(r"[\u4e00-\u9fff]+", text)
-    wrong = sum(clause[0] in grammar["openers"] for clause in clauses) + len(re.findall(grammar["banned"].strip(), text))
+        return clip(faults + (9 * wrong + 5 * odd) / n + clip(1.5 - 5 * function) + clip(max(runs) / 4 - 1.25)
+                    + clip(n / 30 - 1.7))
+    clauses = re.findall(r"[\u4e00-\u9fff]+", text) or [" "]
+    wrong = sum(clause[0] in grammar["openers"] for clause in clauses) + len(re.findall(grammar["banned"], text))
     wrong += sum(clause[-1] in grammar["closers"] for clause in clauses[: -1 if cut else None])
-    longest = max(map(len, clauses), default=0)
-    return clip(faults + 12 * wrong / n + clip(1.2 - 6 * function) + clip((longest - 30) / 20))
+    return clip(faults + 12 * wrong / n + clip(1.2 - 6 * function) + clip((max(map(len, clauses)) - 30) / 20))
 
 
 def mask(text: str, told: SimpleNamespace, lex: SimpleNamespace) -> list[str]:
     """Tokens with the story's own words made blank: a template with other nouns pasted in is the same template."""
-    known, items = told.said | told.scene, tokens(text, lex.language)
-    if lex.language == "en":
-        blank = ["_" if stem(item) in known else item for item in items]
-    else:
-        pairs = [a + b in known for a, b in zip(items, items[1:])]
-        blank = ["_" if left or right else item for item, left, right in zip(items, [False, *pairs], [*pairs, False])]
+    known, items = told.said | told.scene, tokens(text)
+    pairs = [a + b in known for a, b in zip(items, items[1:])]  # Chinese; English words are looked up by themselves
+    blank = ["_" if a or b or stem(item) in known else item for item, a, b in zip(items, [0, *pairs], [*pairs, 0])]
     return [item for item, previous in zip(blank, ["", *blank]) if (item, previous) != ("_", "_")]
 
 
 def read(reply: str, told: SimpleNamespace, earlier: list[str], lex: SimpleNamespace) -> list[Sentence]:
     """The reply's sentences, each measured for ground, soundness and freshness."""
-    n_copy, n_own = NGRAM[lex.language]
+    (n_copy, n_own), parts, result = NGRAM[lex.language], sentences(reply), []
     before = {gram for text in earlier for part in sentences(text) for gram in grams(mask(part, told, lex), n_own)}
-    parts, result = sentences(reply), []
     for part in parts:
-        items, own = tokens(part, lex.language), units(part, lex)
-        s = Sentence(part.lower().replace("’", "'"), " ".join(s.text for s in result[-2:]), items, lex, told.names)
+        items, own = tokens(part), units(part, lex)
+        s = Sentence(part.lower().replace("’", "'"), " ".join(s.text for s in result[-2:]), items, told)
         shared = len(own & told.said) + 0.6 * len(own & told.scene - told.said)
         s.ground = 1 - math.exp(-shared / GROUND[lex.language])
         s.sound = 1 - malformed(s.text, items, lex, part is parts[-1] and re.search(r"\w$", part) is not None)
         here = grams(mask(part, told, lex), n_own)
         s.again = sum(gram in before for gram in here) / len(here) if here else float(part in " ".join(earlier))
         before |= set(here)  # a reply that loops repeats itself too
-        known = [k for k, gram in enumerate(grams(person_neutral(items), n_copy)) if gram in told.copied]
+        known = [k for k, gram in enumerate(copies(items, lex)) if gram in told.copied]
         s.copied = len({j for k in known for j in range(k, k + n_copy)}) / max(1, len(items))
         s.fresh = (1 - clip((s.again - 0.3) / 0.35)) * (1 - clip((s.copied - 0.4) / 0.4))
         result.append(s)
@@ -267,11 +241,10 @@ def read(reply: str, told: SimpleNamespace, earlier: list[str], lex: SimpleNames
     return result
 
 
-def measure(profile: Profile, said: list[str], earlier: list[str], reply: str, floor: float) -> dict[str, float]:
+def measure(profile: Profile, mode: str, said: list[str], earlier: list[str], reply: str) -> dict[str, float]:
     """All named features of a reply, 0..1: moves (`raw_`: grounded or not), FAULTS, COSTS, `ground` and `new`."""
-    lex, f, kinds = lexicon(profile.language), {}, []
-    told = story(profile, said, lex)
-    parts = read(reply, told, earlier, lex)
+    lex, f, kinds, floor = lexicon(profile.language), {}, [], MODES[mode][0]
+    parts = read(reply, told := story(profile, said, lex), earlier, lex)
     for move, detector in DETECTORS.items():
         raw = [detector(s) for s in parts]
         # giving back is nothing without what is given back, so reflection has no floor and borrows no ground
@@ -285,18 +258,16 @@ def measure(profile: Profile, said: list[str], earlier: list[str], reply: str, f
     f["flattery"] = max((DETECTORS["praise"](s) * (1 - s.tied) for s in parts), default=0.0)
     f["markdown"] = clip(len(re.findall(r"^\s*(?:[-*•#>]|\d+[.)、])\s|\*\*|```|__", reply, re.M)) / 4)
     size = max(1, sum(len(s.items) for s in parts))
-    again, copied, sound = (sum(x * len(s.items) for x, s in zip(column, parts)) / size
-                            for column in (*zip(*((s.again, s.copied, s.sound) for s in parts)),)) if parts else (0, 0, 0)
-    f["repetition"], f["parroting"] = clip((again - 0.3) / 0.35), clip((copied - 0.4) / 0.4)
+    f["repetition"] = clip((sum(s.again * len(s.items) for s in parts) / size - 0.3) / 0.35)
+    f["parroting"] = clip((sum(s.copied * len(s.items) for s in parts) / size - 0.4) / 0.4)
     junk = len(re.findall(r"<[|/\w][^>]*>|\{\{|\\\\n|\ufffd|[^\w\s]{5,}|(.)\1{4,}", reply)) / 3
-    f["garbled"] = clip(1 - sound + junk) if parts else 0.0
+    f["garbled"] = clip(sum((1 - s.sound) * len(s.items) for s in parts) / size + junk) if parts else 0.0
     chinese = cjk_share("".join(re.findall(r"\w", reply)))
     f["wrong_language"] = clip((chinese if profile.language == "en" else 0.7 - chinese) * 2.5) if parts else 0.0
     shortest, enough, fine, longest = LENGTHS[profile.language]
     crowd = max((sum(row) for row in zip(*kinds)), default=0)  # kinds of moves in one sentence
     f["stuffing"] = clip(max((sum(map(any, kinds)) - 4.5 - size / fine) / 2, (crowd - 3.5) / 1.5))
-    f["too_short"] = clip((enough - size) / (enough - shortest)) if parts else 1.0
-    f["too_long"] = clip((size - fine) / (longest - fine))
+    f["too_short"], f["too_long"] = clip((enough - size) / (enough - shortest)), clip((size - fine) / (longest - fine))
     f["cut"] = float(bool(parts) and re.search(r"\w\s*$", reply) is not None)
     f["ground"] = max((s.ground * s.sound * s.fresh for s in parts), default=0.0)
     f["new"] = clip(len(units(reply, lex) - told.last) / NEW[profile.language])
@@ -305,35 +276,34 @@ def measure(profile: Profile, said: list[str], earlier: list[str], reply: str, f
 
 def score(f: dict[str, float], profile: Profile, mode: str) -> tuple[float, float]:
     """(change of emotion, -10..10; share of the hidden intention that was served, 0..1) of a reply's features."""
-    rates, (gain, cost), primary = MODES[mode], PERSONA[profile.persona_type], PRIMARY[profile.intention]
+    (_, share, unmet), (gain, cost) = MODES[mode], PERSONA[profile.persona_type]
     weights = dict(zip((*MOVES, *FAULTS), WEIGHTS[profile.intention]))
+    points = {move: weights[move] * f[move] for move in MOVES if weights[move] > 0}
+    core = sum(value for move, value in points.items() if weights[move] >= PRIMARY)
+    aside = sum(points.values()) - core
     gate = f["new"] * (1 - 0.7 * f["too_short"]) * (1 - f["too_long"])
-    for fault in ("repetition", "parroting", "garbled", "wrong_language", "stuffing"):
-        gate *= 1 - f[fault]
-    core = sum(weights[move] * f[move] for move in primary)
-    aside = sum(max(0.0, weights[move]) * f[move] for move in MOVES if move not in primary)
+    gate *= math.prod(1 - f[name] for name in ("repetition", "parroting", "garbled", "wrong_language", "stuffing"))
     served = clip(core / 6) * gate
-    earned = (core + aside * (rates["aside"] + (1 - rates["aside"]) * served)) * gate
-    spent = rates["unmet"] * (1 - served) + sum(points * f[fault] for fault, points in COSTS.items())
+    earned = (core + aside * (share + (1 - share) * served)) * gate
+    spent = unmet * (1 - served) + sum(points * f[fault] for fault, points in COSTS.items())
     spent += sum(max(0.0, -weights[move]) * f["raw_" + move] for move in MOVES) - sum(weights[x] * f[x] for x in FAULTS)
     good, bad = (10 - 10 * math.exp(-points / softness) for points, softness in zip((earned, spent), SOFTNESS))
-    return round(clip(gain * good - cost * bad, -10, 10), 1), served
+    return round(max(-10.0, min(10.0, gain * good - cost * bad)), 1), served
 
 
 def appraise(profile: Profile, mode: str, user_text_so_far: list[str], earlier_replies: list[str],
              reply: str) -> Appraisal:
     """Hop one: what a reply said, whether it served the hidden intention, and by how much emotion moves (-10..10)."""
-    f = measure(profile, user_text_so_far, earlier_replies, reply, MODES[mode]["floor"])
+    f = measure(profile, mode, user_text_so_far, earlier_replies, reply)
     change, f["served"] = score(f, profile, mode)
     words, comma = lexicon(profile.language).raw["words"], ", " if profile.language == "en" else "、"
     moves = comma.join(words[move] for move in MOVES if f["raw_" + move] >= 0.5) or words["nothing"]
     faults = comma.join(words[name] for name in (*FAULTS, *COSTS) if f[name] >= 0.3) or words["nothing"]
     mood = words["good" if change > 1 else "bad" if change < -1 else "flat"]
     served = words["served" if f["served"] > 0.6 else "partly" if f["served"] > 0.25 else "missed"]
-    why = words["about_me" if f["ground"] > 0.5 else "about_any"]
-    return Appraisal(words["content"].format(moves=moves), served, words["activity"].format(mood=mood, why=why),
-                     words["analyse"].format(change=change, faults=faults), change,
-                     {name: round(float(value), 3) for name, value in f.items()})
+    activity = words["activity"].format(mood=mood, why=words["about_me" if f["ground"] > 0.5 else "about_any"])
+    return Appraisal(words["content"].format(moves=moves), served, activity, words["analyse"].format(
+        change=change, faults=faults), change, {name: round(float(value), 3) for name, value in f.items()})
 
 
 @functools.lru_cache(4096)
@@ -342,18 +312,17 @@ def facts(profile: Profile) -> tuple[str, ...]:
     shortest, longest = SAID[profile.language]
     strip, secret = (re.compile(lexicon(profile.language).raw[key]) for key in ("markup", "secret"))
     name = re.search(r"姓名[：:]\s*([\u4e00-\u9fff]{2,4})", profile.persona)
-    name = re.compile("|".join({name[1], name[1][-2:]})) if name and profile.language == "zh" else None
+    name = re.compile(f"{name[1]}|{name[1][-2:]}") if name and profile.language == "zh" else None
     she, result = "她" if "女" in profile.persona[:80] else "他", []
     for line in profile.scene.splitlines():
         if result and re.match(r"\s*[#*]", line) and re.search(r"反应|不同.{0,8}状态|emotion", line, re.I):
             break  # from here on the scene instructs the actor
         for sentence in sentences(strip.sub("", line).strip()):
+            unclear = name and she in sentence and not name.search(sentence)
             if name:  # third person: the name, and the pronoun that opens a clause after it, become "I"
-                if not name.search(sentence) and she in sentence:
-                    continue
                 sentence = re.sub(f"(?<=[，；]){she}(?!们)", "我", name.sub("我", sentence))
-            whole = re.search(r"[.!?。！？]$", sentence) and not re.search(r"[:：]", sentence)
-            if whole and shortest <= len(tokens(sentence, profile.language)) <= longest and not secret.search(sentence):
+            whole = re.fullmatch(r"[^:：]+[.!?。！？]", sentence) and not secret.search(sentence)
+            if whole and not unclear and shortest <= len(tokens(sentence)) <= longest:
                 result.append(sentence)
     return tuple(dict.fromkeys(result))
 
@@ -369,7 +338,7 @@ class Session:
     heard: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
 
-    def pick(self, pool: list[str], slot: str) -> str:
+    def pick(self, pool: Sequence[str], slot: str) -> str:
         """One of a pool, by a hash of (profile, seed, turn, slot), unused in this dialogue while any is."""
         fresh = [text for text in pool if text not in self.used] or pool
         number = hashlib.sha256(f"{self.profile.id}|{self.seed}|{len(self.said)}|{slot}".encode()).digest()
@@ -387,10 +356,9 @@ class OfflineUser:
 
     def start(self, key: Key, profile: Profile, seed: int) -> None:
         s = self.sessions[key] = Session(profile, seed, self.rules.start)
-        answers, told = lexicon(profile.language).raw["answers"], facts(profile)
-        text = profile.first_talk
+        answers, text = lexicon(profile.language).raw["answers"], profile.first_talk
         if text is None:
-            fact = s.pick(list(told[:2]) or answers["fillers"], "fact")
+            fact = s.pick(facts(profile)[:2] or answers["fillers"], "fact")
             text = s.pick(answers["openings"] + answers["open_" + profile.persona_type], "opening").format(fact=fact)
         s.said.append(text)
         self.ready[key] = UserTurn(text, s.emotion)
@@ -398,12 +366,9 @@ class OfflineUser:
     def tell(self, key: Key, reply: str) -> None:
         s = self.sessions[key]
         appraisal = appraise(s.profile, self.mode, s.said, s.heard, reply)
-        change = self.rules.change(appraisal.change)
-        s.emotion = self.rules.step(s.emotion, change)
-        ended = self.rules.ending(s.emotion)
-        text, thinking = self.answer(s, reply, appraisal, ended)
-        s.heard.append(reply)
-        s.said.append(text)
+        s.emotion = self.rules.step(s.emotion, change := self.rules.change(appraisal.change))
+        text, thinking = self.answer(s, reply, appraisal, ended := self.rules.ending(s.emotion))
+        s.heard, s.said = [*s.heard, reply], [*s.said, text]
         self.ready[key] = UserTurn(text, s.emotion, appraisal, change, ended, thinking)
         if ended:
             del self.sessions[key]
@@ -422,14 +387,14 @@ class OfflineUser:
         else:
             if vanilla and abs(appraisal.change) > 1.5 and len(s.said) % 3:  # a challenging user hides what it feels
                 lead = "heard" if appraisal.change > 0 else "missed"
-            asked, gap = units(reply, lex), " " if profile.language == "en" else ""
+            asked, gap = units(reply, lex), " " * (profile.language == "en")
             left = [fact for fact in facts(profile) if fact not in s.used]
             fact = max(left, key=lambda fact: len(units(fact, lex) & asked), default=None)  # the first of equals
             plan = words["fact"].format(n=len(facts(profile)) - len(left)) if fact else words["filler"]
             text = s.pick(answers[lead], "lead") + gap + s.pick([fact] if fact else answers["fillers"], "fact")
             if vanilla and len(s.said) % 4 == 2:
                 text += gap + lex.raw["hints"][profile.intention]
-            elif len(tokens(text, profile.language)) < 12:
+            elif len(tokens(text)) < 12:
                 text += gap + s.pick(answers["fillers"], "more")
-        return text, words["thinking"].format(band=letter, persona=profile.persona_type, lead=lead, source=plan,
-                                              served=appraisal.features["served"])
+        known = appraisal.features | {"band": letter, "persona": profile.persona_type}
+        return text, words["thinking"].format(**known, lead=lead, source=plan)

@@ -140,7 +140,7 @@ def open_run(config: Config) -> Path:
             old, new = getattr(saved, f.name), getattr(config, f.name)
             if old != new and f.name not in MAY_CHANGE:
                 raise InputError(f"{run}: was begun with {f.name}={old}, not {new}; give another run=DIR, or {f.name}={old} to go on")
-    elif run.exists() and any(run.iterdir()):
+    elif run.exists() and any(path.name != "eval" for path in run.iterdir()):
         raise InputError(f"{run}: is not empty and not a run; give another run=DIR")
     return run
 

@@ -4,9 +4,9 @@ from config import Config
 
 config = Config(
     critic="head",
-    system="",
     groups=8,
     group_size=2,
+    start_emotion=50.0,
     max_turns=4,
     reply_tokens=40,
     context_tokens=512,

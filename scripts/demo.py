@@ -42,7 +42,7 @@ expect     about 15 minutes on two CPU cores""")
         run("eval.py", "run", config.model, *argv, f"out={before}")
     run("train.py", *argv)
     if not (ROOT / after / "result.json").exists():
-        run("eval.py", "run", f"{config.run}/model", *argv, f"tokenizer={config.tokenizer or config.model}", f"out={after}")
+        run("eval.py", "run", f"{config.run}/model", *argv, f"out={after}")
     run("eval.py", "compare", f"{before}/dialogues.jsonl", f"{after}/dialogues.jsonl")
     minutes = (time.time() - begun) / 60
     print(f"\n{minutes:.1f} minutes. Read the dialogues: {before}/dialogues.jsonl, {after}/dialogues.jsonl. Curves: tensorboard --logdir {config.run}/tb")

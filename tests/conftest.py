@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from chat import load_tokenizer, make_chat
-from model import Transformer
+from engine import Engine
+from model import PackedAttention, Transformer, banned_ids
+from rollout import Job, Talk
 from simulator import Appraisal, EmotionRules, Failed, Profile, UserTurn
 
 torch.set_num_threads(2)
@@ -50,6 +52,19 @@ def tiny_model(family: str = "qwen2", tied: bool = True, seed: int = 0) -> Trans
     return model
 
 
+def random_ids(length: int, seed: int = 0, vocab: int = 256) -> list[int]:
+    """A document of random ids below `vocab`, none of them special to the byte tokenizer."""
+    return torch.randint(vocab, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def hidden_states(model: Transformer, *documents: list[int]) -> torch.Tensor:
+    """The training forward: hidden states [T, D] of documents packed side by side."""
+    ends = torch.tensor([0, *(len(ids) for ids in documents)]).cumsum(0).tolist()
+    position = torch.cat([torch.arange(len(ids)) for ids in documents])
+    tokens = torch.tensor([token for ids in documents for token in ids])
+    return model(tokens, position, PackedAttention(ends, tokens.device))
+
+
 class ScriptedUser:
     """Follows the user's protocol with a change of emotion computed by `change(key, turn, reply)` (or a Failed).
 
@@ -88,6 +103,35 @@ def make_profile(name: str, intention: str = "empathy", persona_type: str = "pas
     values = dict(id=name, persona=f"{name}, 30, baker.", scene=f"I am {name}. My oven broke.", intention=intention,
                   persona_type=persona_type, language="en", first_talk=f"Hi, {name} here, my oven broke.")
     return Profile(**{**values, **changes})
+
+
+def make_jobs(groups: int, members: int, **changes) -> list[Job]:
+    """Jobs whose users can be told apart by name: a group's members differ in nothing else."""
+    keys = [(group, member) for group in range(groups) for member in range(members)]
+    return [Job(key, make_profile(f"User{key[0]}{key[1]}", **changes)) for key in keys]
+
+
+def make_talk(**changes) -> Talk:
+    values = dict(systems={"en": "Be kind."}, max_turns=3, reply_tokens=8, strict_format=False)
+    return Talk(**{**values, **changes})
+
+
+def make_engine(chat, model=None, letters="abcd efg", slots=4, capacity=512, temperature=1.0, value_head=None) -> Engine:
+    """An engine of a tiny model; with `letters` it says nothing else, so that <|im_end|> comes up within a few tokens."""
+    banned = banned_ids(chat.tokenizer, 264, (chat.end,))
+    if letters:
+        banned[:] = True
+        banned[[chat.end, *chat.text(letters)]] = False
+    return Engine(model or tiny_model(), banned, (chat.end,), slots, capacity, temperature, value_head)
+
+
+@pytest.fixture
+def one_thread():
+    """Tiny tensors on a busy machine: a second thread makes them thirty times slower, waiting for its turn."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -263,7 +263,7 @@ def test_the_wrong_need_earns_nothing(language, story, intention, reply):
 
 
 def test_gains_saturate():
-    good = [reply for language, story, intention, reply in GOOD if (language, story, intention) == ("en", "flat", "motives")]
+    good = [row[3] for row in GOOD if row[:3] == ("en", "flat", "motives")]
     more = " Maybe Milo also thinks that Jess would leave the flat if he admitted the bill was his own mistake."
     once, twice = (change("en", "flat", "motives", text) for text in (good[0], good[0] + more))
     assert abs(twice - once) < 1.5
@@ -302,7 +302,8 @@ def test_poll_answers_in_key_order_and_only_once():
 
 
 def test_openings_vary_by_seed_and_first_talk_is_kept():
-    user, said = OfflineUser(EmotionRules()), Profile("x", "", "I broke a cup today.", "praise", "passive", "en", "Hello there.")
+    user = OfflineUser(EmotionRules())
+    said = Profile("x", "", "I broke a cup today.", "praise", "passive", "en", "Hello there.")
     for seed in range(12):
         user.start((seed, 0), person("en", "bakery", "empathy"), seed)
     assert len({turn.text for _, turn in user.poll(0)}) > 4
@@ -352,8 +353,11 @@ def test_runs_on_every_released_profile(file):
             assert turn.text and label not in turn.text and "玩家" not in turn.text and "NPC" not in turn.text
 
 
+TEXTS = [*ATTACKS.values(), *(row[3] for row in GOOD)]
+
+
 @settings(max_examples=150, deadline=None)
-@given(st.text(max_size=400) | st.lists(st.sampled_from(list(ATTACKS.values()) + [g[3] for g in GOOD]), max_size=4).map("\n".join),
+@given(st.text(max_size=400) | st.lists(st.sampled_from(TEXTS), max_size=4).map("\n".join),
        st.sampled_from(list(WEIGHTS)), st.sampled_from(["en", "zh"]), st.sampled_from(list(MODES)))
 def test_any_text_gives_a_bounded_change(text, intention, language, mode):
     assert -10 <= change(language, "flat", intention, text, mode=mode, earlier=[text[::-1], text[:30]]) <= 10
