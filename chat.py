@@ -78,21 +78,18 @@ class Chat:
 
         The id that completes `</think>` belongs to the thought (tokenizers merge `>` with what follows); other text
         than white space behind the `>` in that same id cannot be kept out of the thought and is a violation, as are a
-        missing or second tag and an empty reply.
+        missing or second tag and an empty reply. Without `</think>` nothing is shown.
         """
         body = ids[:-1] if ids and ids[-1] == self.end else ids
         if not self.think:
             return Reply(body, self.decode(body).strip())
-        whole = self.decode(body)
-        if not whole.lstrip().startswith(OPEN):
-            cut = self.close_index(body)
-            return Reply(body[cut:], self.decode(body[cut:]).strip(), violation="no <think> at the start")
-        cut = self.close_index(body)
+        whole, cut = self.decode(body), self.close_index(body)
         if not cut:
-            return Reply([], "", whole, "thought not closed")
-        thought, rest = self.decode(body[:cut]), self.decode(body[cut:])
-        reply = rest.strip()
-        if thought[thought.index(CLOSE) + len(CLOSE) :].strip():
+            return Reply([], "", whole, "thought not closed" if OPEN in whole else "no thought")
+        thought, reply = self.decode(body[:cut]), self.decode(body[cut:]).strip()
+        if not whole.lstrip().startswith(OPEN):
+            violation = "no <think> at the start"
+        elif thought[thought.index(CLOSE) + len(CLOSE) :].strip():
             violation = "text in the token that closes the thought"
         elif whole.count(OPEN) != 1 or whole.count(CLOSE) != 1:
             violation = "more than one think tag"

@@ -1,9 +1,9 @@
 """The offline user: a sentient user that needs no language model.
 
-Hop one appraises a reply by features that can be checked by hand: the *moves* it makes (naming feelings, advising, ...)
-and its *faults*. A move earns by being grounded: in a sound, new sentence that is tied to this person's story. Hop two
-is an agenda: facts of the scene are told one by one, the nearest to the reply first, in a voice that fits persona and
-emotion. What shapes the reward is in the tables below; the words, and so the languages, are data/offline/*.toml.
+Hop one appraises a reply by features that can be checked by hand: its *moves* (naming feelings, advising, praising)
+and its *faults*. A move earns by being grounded: in a sound, new sentence tied to this person's story. Hop two tells
+the scene fact by fact, the nearest to the reply first, in a voice that fits persona and emotion. What shapes the reward
+is in the tables below and in data/offline/*.toml.
 """
 
 import functools
@@ -20,8 +20,7 @@ from simulator import Appraisal, EmotionRules, Failed, Key, Profile, UserTurn, b
 
 DATA = Path(__file__).parent / "data" / "offline"
 FAULTS = ("cliche", "lecture", "blame", "flattery", "markdown")
-# Emotion points that one grounded instance of a move earns, by hidden intention; negative: the wrong need, which costs
-# whether grounded or not. The last five columns are the cost of a fault.
+# Emotion points of one grounded move, by hidden intention; negative: the wrong need, which costs grounded or not.
 WEIGHTS = {
     #             valid  refl  quest growth advice praise motiv persp agree |  clich  lect  blame  flat  markd
     "praise":    (1.5,   1.5,  0.5,  -1.0,  -2.0,   9.0, -0.5, -1.0,  1.0,    -1.5, -2.0, -5.0, -3.0, -1.5),
@@ -42,8 +41,8 @@ SOFTNESS = (6.5, 12.0)  # gains, costs: points p become 10 * (1 - exp(-p / softn
 COSTS = {"repetition": 5.0, "parroting": 5.0, "garbled": 6.0, "wrong_language": 8.0, "stuffing": 4.0, "too_short": 3.0,
          "too_long": 6.0, "cut": 0.4}  # points at full strength, for any intention
 LENGTHS = {"en": (3, 16, 120, 520), "zh": (4, 24, 260, 1100)}  # shortest, good from, to, longest: words, characters
-GROUND = {"en": 1.0, "zh": 1.8}  # shared content units that make a sentence 63 % grounded
-NEW = {"en": 4, "zh": 8}  # content units beyond the user's last message that count as adding something
+# Shared content units that ground a sentence by 63 %; new ones that add something; tokens of a sentence that counts.
+GROUND, NEW, WHOLE = {"en": 1.0, "zh": 1.8}, {"en": 4, "zh": 8}, {"en": 10, "zh": 16}
 NGRAM = {"en": (4, 3), "zh": (6, 4)}  # n-gram lengths: copied from the user, repeated from an own reply
 SAID = {"en": (5, 34), "zh": (8, 85)}  # how long a fact may be to be told: words, characters
 
@@ -72,8 +71,8 @@ def clip(x: float) -> float:
 
 
 def saturate(n: int) -> float:
-    """One instance counts for 0.8, two for 0.96."""
-    return 1 - 0.2**n
+    """One instance counts for 0.8, two for 0.96; heaped up they count for less again."""
+    return clip(1 - 0.2**n - 0.25 * max(0, n - 3))
 
 
 def stem(word: str) -> str:
@@ -115,24 +114,24 @@ def copies(items: list[str], lex: SimpleNamespace) -> list[tuple[str, ...]]:
 
 
 @functools.lru_cache(4096)
-def scene_units(profile: Profile) -> tuple[frozenset, frozenset]:
-    """Content units of a scene and the names in it: English capitals inside sentences, Chinese family name first."""
-    lex = lexicon(profile.language)
+def scene_facts(profile: Profile) -> tuple[set, re.Pattern, re.Pattern]:
+    """Content units of a scene; what names the others in it (capitals, Chinese family names); that or `I`, `you`."""
+    lex, scene = lexicon(profile.language), profile.scene
     if profile.language == "en":
-        names = {name.lower() for name in re.findall(r"(?<=[a-z,] )[A-Z][a-z]{2,}", profile.scene)} - lex.function
+        names = {name.lower() for name in re.findall(r"(?<=[a-z,] )[A-Z][a-z]{2,}", scene)} - lex.function
     else:
-        found = [name for n in (1, 2)
-                 for name in re.findall(f"(?=([{lex.raw['surnames']}][\u4e00-\u9fff]{{{n}}}))", profile.scene)]
+        found = [x for n in "12" for x in re.findall(f"(?=([{lex.raw['surnames']}][一-龥]{{{n}}}))", scene)]
         names = {name for name in found if found.count(name) > 3 and lex.stop.isdisjoint(name)}
-    return frozenset(units(profile.scene, lex)), frozenset(names)
+    others = "|".join([lex.cues["third"].pattern, *sorted(names)])
+    return units(scene, lex), re.compile(others), re.compile(r"\bi\b|\byou\b|我|你|" + others)
 
 
 def story(profile: Profile, said: list[str], lex: SimpleNamespace) -> SimpleNamespace:
     """What a reply can be tied to: units of the scene, of all and of the last that was said, n-grams to copy."""
-    scene, names = scene_units(profile)
+    scene, others, persons = scene_facts(profile)
     copied = {gram for text in said for gram in copies(tokens(text), lex)}
-    everything, last = (units(" ".join(part), lex) for part in (said, said[-1:]))
-    return SimpleNamespace(scene=scene, said=everything, last=last, copied=copied, names=names, lex=lex)
+    said, last = (units(" ".join(part), lex) for part in (said, said[-1:]))
+    return SimpleNamespace(lex=lex, scene=scene, said=said, last=last, copied=copied, others=others, persons=persons)
 
 
 @dataclass
@@ -143,12 +142,9 @@ class Sentence:
     before: str  # the two sentences before it, for moves that span some
     items: list[str]
     told: SimpleNamespace  # the story it is held against
-    ground: float = 0.0  # tied to this person's story
-    tied: float = 0.0  # its own ground or what its neighbours lend it
-    sound: float = 1.0  # well-formed
-    again: float = 0.0  # share of its masked n-grams that were said before
-    copied: float = 0.0  # share of its tokens inside n-grams of the user's
-    fresh: float = 1.0  # neither said before nor copied
+    # tied to this person's story by its own words; or by a neighbour's; well-formed; share of its masked n-grams said
+    # before; share of its tokens copied from the user; neither said before nor copied
+    ground = tied = sound = again = copied = fresh = 0.0
 
     def has(self, family: str, wide: bool = False) -> int:
         """How many different cues of a family it holds; wide: together with the sentences before it."""
@@ -157,16 +153,21 @@ class Sentence:
     def to_user(self, wide: bool = False) -> bool:
         return bool(re.search(r"\byou|你|您", self.span[wide]))
 
+    def minds(self) -> int:
+        """Mental words whose owner, the last person named before them, is neither user nor speaker."""
+        before = [self.text[: match.start()] for match in self.told.lex.cues["mental"].finditer(self.text)]
+        return sum((self.told.persons.findall(text) or ["i"])[-1] not in ("i", "you", "我", "你") for text in before)
+
     def on_others(self, wide: bool = False) -> bool:
-        return self.has("third", wide) > 0 or any(name in self.span[wide] for name in self.told.names)
+        return self.told.others.search(self.span[wide]) is not None
 
     def __post_init__(self):
         self.span = (self.text, f"{self.before} {self.text}")
         self.asks = bool(re.search(r"[?？]|[吗呢]$", self.text))
-        clauses = [clause.strip() for clause in re.split(r"[,，?？.。]", self.text) if clause.strip()]
+        clauses = re.findall(r"[^\s,，?？.。][^,，?？.。]*", self.text)
         self.stock = any(self.told.lex.cues["stock_question"].fullmatch(clause) for clause in clauses)
         self.invites = self.to_user() and (self.asks or self.has("wonder") > 0)
-        self.imperative = self.told.lex.cues["imperative"].match(self.text) is not None and not self.to_user()
+        self.imperative = self.told.lex.cues["imperative"].match(self.text) is not None
 
 
 # How much of each move a sentence makes, 0..1, whether or not it is grounded.
@@ -179,8 +180,8 @@ DETECTORS = {
     "advice": lambda s: 0.35 + 0.65 * saturate(s.has("concrete")) ** 2
     if (s.has("advice") or s.imperative) and (not s.asks or s.has("proposal")) else 0.0,
     "praise": lambda s: saturate(s.has("praise")) * clip(0.3 + s.has("past_act", wide=True)) * s.to_user(wide=True),
-    "motives": lambda s: saturate(s.has("cause")) * saturate(s.has("mental")) * s.on_others(),
-    "perspectives": lambda s: (s.has("contrast") > 0) * saturate(s.has("weigh", wide=True))
+    "motives": lambda s: saturate(s.has("cause")) * saturate(s.minds()),
+    "perspectives": lambda s: (s.has("contrast") > 0) * saturate(min(3, s.has("weigh", wide=True)))
     * (1.0 if s.to_user(wide=True) and s.on_others(wide=True) else 0.5),
     "agreement": lambda s: 0.0 if s.asks or s.has("blame") else saturate(s.has("agreement")),
 }
@@ -191,21 +192,22 @@ def malformed(text: str, items: list[str], lex: SimpleNamespace, cut: bool) -> f
     """0 for a sentence of the language, 1 for word salad: banned neighbours, no verb, too few function words, loops."""
     if len(items) < 4:
         return 0.0
-    grammar, n = lex.raw["grammar"], len(items)
+    grammar, banned, n = lex.raw["grammar"], lex.raw["grammar"]["banned"], len(items)
     function = sum(item in lex.function for item in items) / n
-    loops = sum(a == b for a, b in zip(items, items[1:])) / n + clip(0.45 - len(set(items)) / n)
-    faults = 4 * loops + 0.5 * (lex.cues["verb"].search(text) is None)
+    loops = sum(a == b for a, b in zip(items, items[1:])) / n + clip(0.6 - len(set(items)) / n)
+    faults = 4 * loops + 0.5 * (lex.cues["verb"].search(text.lower()) is None)
     if lex.language == "en":
         kinds = [next((kind for kind, words in lex.classes.items() if item in words), "") for item in items]
-        pairs = zip(kinds, kinds[1:], items, items[1:])
-        wrong = sum([a, b] in grammar["banned"] and f"{x} {y}" not in grammar["allowed"] for a, b, x, y in pairs)
-        wrong += not cut and items[-1] in grammar["openers"].split()
-        runs = [len(run) for run in "".join("|" if item in lex.function else "x" for item in items).split("|")]
+        pairs = [f"{x} {y}" for x, y, a, b in zip(items, items[1:], kinds, kinds[1:]) if b in banned.get(a, "").split()]
+        wrong = sum(x not in grammar["allowed"] for x in pairs) + (not cut and items[-1] in grammar["openers"].split())
+        wrong += sum(x.lower() in lex.function for x in re.findall(r"(?<=[a-z,] )[A-Z][a-z']+", text))  # "roll You"
+        runs = map(len, "".join("|" if item in lex.function else "x" for item in items).split("|"))
         odd = sum(bool(re.search(r"^[^\W\daeiouy]+$|[^aeiouy\W\d]{6}|(.)\1\1", item)) for item in items)
-        return clip(faults + (9 * wrong + 5 * odd) / n + clip(1.5 - 5 * function) + clip(max(runs) / 4 - 1.25)
+        return clip(faults + (10 * wrong + 5 * odd) / n + clip(1.5 - 5 * function) + clip(max(runs) / 5 - 1.2)
                     + clip(n / 30 - 1.7))
     clauses = re.findall(r"[\u4e00-\u9fff]+", text) or [" "]
-    wrong = sum(clause[0] in grammar["openers"] for clause in clauses) + len(re.findall(grammar["banned"], text))
+    wrong = sum(clause[0] in grammar["openers"] for clause in clauses)
+    wrong += sum(b in banned.get(a, "") for clause in clauses for a, b in zip(clause, clause[1:]))
     wrong += sum(clause[-1] in grammar["closers"] for clause in clauses[: -1 if cut else None])
     return clip(faults + 12 * wrong / n + clip(1.2 - 6 * function) + clip((max(map(len, clauses)) - 30) / 20))
 
@@ -227,17 +229,19 @@ def read(reply: str, told: SimpleNamespace, earlier: list[str], lex: SimpleNames
         s = Sentence(part.lower().replace("’", "'"), " ".join(s.text for s in result[-2:]), items, told)
         shared = len(own & told.said) + 0.6 * len(own & told.scene - told.said)
         s.ground = 1 - math.exp(-shared / GROUND[lex.language])
-        s.sound = 1 - malformed(s.text, items, lex, part is parts[-1] and re.search(r"\w$", part) is not None)
+        s.sound = 1 - malformed(part, items, lex, part is parts[-1] and re.search(r"\w$", part) is not None)
         here = grams(mask(part, told, lex), n_own)
         s.again = sum(gram in before for gram in here) / len(here) if here else float(part in " ".join(earlier))
         before |= set(here)  # a reply that loops repeats itself too
         known = [k for k, gram in enumerate(copies(items, lex)) if gram in told.copied]
         s.copied = len({j for k in known for j in range(k, k + n_copy)}) / max(1, len(items))
         s.fresh = (1 - clip((s.again - 0.3) / 0.35)) * (1 - clip((s.copied - 0.4) / 0.4))
+        s.fresh *= clip(0.3 + len(items) / WHOLE[lex.language])
         result.append(s)
-    good = [0.0, *(s.ground * s.sound * s.fresh for s in result), 0.0]
-    for i, s in enumerate(result):  # "that" points back: the sentence before lends its ground, the next one less
-        s.tied = max(s.ground, 0.7 * good[i], 0.5 * good[i + 2])
+    lent = 0.0
+    for s, after in zip(result, [*(s.ground for s in result[1:]), 0.0]):  # "that" and "it" borrow their ground
+        s.tied = max(s.ground, 0.7 * lent, 0.5 * after)
+        lent = s.tied * s.sound * s.fresh
     return result
 
 
@@ -253,15 +257,14 @@ def measure(profile: Profile, mode: str, said: list[str], earlier: list[str], re
         f[move] = clip(sum(worth[:1]) + 0.2 * sum(worth[1:2]))
         f["raw_" + move] = clip(sum(raw) / max(1.2, len(parts) / 3))
         kinds.append([r >= 0.6 for r in raw])
-    for fault in ("cliche", "lecture", "blame"):
-        f[fault] = 1 - 0.45 ** (sum(s.has(fault) for s in parts) / max(1, len(parts) / 4))
+    f |= {name: 1 - 0.45 ** (sum(s.has(name) for s in parts) / max(1, len(parts) / 4)) for name in FAULTS[:3]}
     f["flattery"] = max((DETECTORS["praise"](s) * (1 - s.tied) for s in parts), default=0.0)
     f["markdown"] = clip(len(re.findall(r"^\s*(?:[-*•#>]|\d+[.)、])\s|\*\*|```|__", reply, re.M)) / 4)
     size = max(1, sum(len(s.items) for s in parts))
     f["repetition"] = clip((sum(s.again * len(s.items) for s in parts) / size - 0.3) / 0.35)
     f["parroting"] = clip((sum(s.copied * len(s.items) for s in parts) / size - 0.4) / 0.4)
     junk = len(re.findall(r"<[|/\w][^>]*>|\{\{|\\\\n|\ufffd|[^\w\s]{5,}|(.)\1{4,}", reply)) / 3
-    f["garbled"] = clip(sum((1 - s.sound) * len(s.items) for s in parts) / size + junk) if parts else 0.0
+    f["garbled"] = clip(2.4 * sum((1 - s.sound) * len(s.items) for s in parts) / size - 0.2 + junk) if parts else 0.0
     chinese = cjk_share("".join(re.findall(r"\w", reply)))
     f["wrong_language"] = clip((chinese if profile.language == "en" else 0.7 - chinese) * 2.5) if parts else 0.0
     shortest, enough, fine, longest = LENGTHS[profile.language]
@@ -280,11 +283,10 @@ def score(f: dict[str, float], profile: Profile, mode: str) -> tuple[float, floa
     weights = dict(zip((*MOVES, *FAULTS), WEIGHTS[profile.intention]))
     points = {move: weights[move] * f[move] for move in MOVES if weights[move] > 0}
     core = sum(value for move, value in points.items() if weights[move] >= PRIMARY)
-    aside = sum(points.values()) - core
     gate = f["new"] * (1 - 0.7 * f["too_short"]) * (1 - f["too_long"])
     gate *= math.prod(1 - f[name] for name in ("repetition", "parroting", "garbled", "wrong_language", "stuffing"))
     served = clip(core / 6) * gate
-    earned = (core + aside * (share + (1 - share) * served)) * gate
+    earned = (core + (sum(points.values()) - core) * (share + (1 - share) * served)) * gate
     spent = unmet * (1 - served) + sum(points * f[fault] for fault, points in COSTS.items())
     spent += sum(max(0.0, -weights[move]) * f["raw_" + move] for move in MOVES) - sum(weights[x] * f[x] for x in FAULTS)
     good, bad = (10 - 10 * math.exp(-points / softness) for points, softness in zip((earned, spent), SOFTNESS))
@@ -351,8 +353,7 @@ class OfflineUser:
 
     def __init__(self, rules: EmotionRules, mode: str = "vanilla"):
         self.rules, self.mode = rules, mode
-        self.sessions: dict[Key, Session] = {}
-        self.ready: dict[Key, UserTurn] = {}
+        self.sessions, self.ready = {}, {}  # by key
 
     def start(self, key: Key, profile: Profile, seed: int) -> None:
         s = self.sessions[key] = Session(profile, seed, self.rules.start)
@@ -381,7 +382,7 @@ class OfflineUser:
         """Hop two: what to say, and one line on how it was planned."""
         lex, profile, letter = lexicon(s.profile.language), s.profile, band(s.emotion)
         answers, words, vanilla = lex.raw["answers"], lex.raw["words"], self.mode == "vanilla"
-        lead = {"S": "A", "F": "C"}.get(letter, letter) + "_" + profile.persona_type
+        lead = {"S": "A", "F": "C"}.get(letter, letter) + "_" + (kind := profile.persona_type)
         if ended:
             text, plan = s.pick(answers["bye_" + ended], "bye"), words["goodbye"]
         else:
@@ -396,5 +397,4 @@ class OfflineUser:
                 text += gap + lex.raw["hints"][profile.intention]
             elif len(tokens(text)) < 12:
                 text += gap + s.pick(answers["fillers"], "more")
-        known = appraisal.features | {"band": letter, "persona": profile.persona_type}
-        return text, words["thinking"].format(**known, lead=lead, source=plan)
+        return text, words["thinking"].format(**appraisal.features, band=letter, persona=kind, lead=lead, source=plan)

@@ -7,7 +7,7 @@ config = Config(
     groups=8,
     group_size=2,
     start_emotion=50.0,
-    max_turns=4,
+    max_turns=3,
     reply_tokens=40,
     context_tokens=512,
     slots=24,
@@ -16,7 +16,7 @@ config = Config(
     warmup=2,
     critic_lr=1e-3,
     critic_warmup=0,
-    micro_tokens=1500,
+    micro_tokens=2000,
     eval_max_turns=5,
     eval_dialogues=3,
 )

@@ -1,6 +1,8 @@
 """The offline user: what earns, what must never earn, and that it behaves like a user (simulator.User)."""
 
 import os
+import random
+import re
 from pathlib import Path
 
 import pytest
@@ -184,9 +186,13 @@ ATTACKS = {  # told to the bakery user of that language, any intention
     "en-generic": "That must have been really painful for you. You gave so much and nobody noticed. What was the "
         "hardest part of that for you?",
     "en-emptyq": "How does that make you feel?",
-    "zh-ordinary1": "听到你这样我很抱歉，你一定经历了一段艰难的时光。沟通很重要，你可以试着和对方坦诚地沟通，表达你的感受"
+    "zh-ordinary1":
+        "听到你这样我很抱歉，你一定经历了一段艰难的时光。沟通很重要，你可以试着和对方坦诚"
+        "地沟通，表达你的感受"
         "。",
-    "zh-ordinary2": "我理解你的感受，遇到这样的事情确实会让人难过。不过要学会调整心态，积极面对，相信一切都会好起来的。",
+    "zh-ordinary2":
+        "我理解你的感受，遇到这样的事情确实会让人难过。不过要学会调整心态，积极面对，相信"
+        "一切都会好起来的。",
     "zh-stuffed": "我懂你的委屈，佩服你的勇气，你没有错，你可以试试沟通，可能他是害怕，一方面另一方面，你从中学到了什么"
         "？",
     "zh-stuffed2": "理解委屈厨房账单老莫佩服勇气没错建议明天因为可能害怕一方面另一方面成长反思镜头记者",
@@ -262,6 +268,17 @@ def test_the_wrong_need_earns_nothing(language, story, intention, reply):
             assert change(language, story, theirs, reply) <= 0
 
 
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_shuffled_good_replies_lose_on_average(language):
+    rng, changes = random.Random(0), []
+    for lang, story, intention, reply in GOOD:
+        pieces = reply.split() if language == "en" else re.findall(r"[\u4e00-\u9fff]{1,2}|.", reply)
+        rng.shuffle(pieces)
+        if lang == language:
+            changes.append(change(lang, story, intention, (" " if language == "en" else "").join(pieces)))
+    assert sum(changes) / len(changes) < -1 and sum(c > 0 for c in changes) < len(changes) / 3
+
+
 def test_gains_saturate():
     good = [row[3] for row in GOOD if row[:3] == ("en", "flat", "motives")]
     more = " Maybe Milo also thinks that Jess would leave the flat if he admitted the bill was his own mistake."
@@ -290,7 +307,8 @@ def test_same_inputs_same_dialogue_however_sessions_interleave():
     keys = [(0, 0), (0, 1), (3, 2)]
     rows = [(key, i) for key in keys for i in range(4)]
     mixed = [(key, i) for i in range(4) for key in reversed(keys)]
-    assert play(OfflineUser(EmotionRules()), keys, replies, rows) == play(OfflineUser(EmotionRules()), keys, replies, mixed)
+    one, other = (play(OfflineUser(EmotionRules(start=60)), keys, replies, order) for order in (rows, mixed))
+    assert one == other and len(one[keys[0]]) == 5
 
 
 def test_poll_answers_in_key_order_and_only_once():
@@ -311,7 +329,10 @@ def test_openings_vary_by_seed_and_first_talk_is_kept():
     assert user.poll(0)[0][1].text == "Hello there."
 
 
-@pytest.mark.parametrize("start, reply, ended", [(99.0, GOOD[0][3], "content"), (11.0, "...", "left"), (50.0, "...", None)])
+ENDINGS = [(99.0, GOOD[0][3], "content"), (11.0, "...", "left"), (50.0, "...", None)]
+
+
+@pytest.mark.parametrize("start, reply, ended", ENDINGS)
 def test_emotion_moves_by_the_rules_and_ends(start, reply, ended):
     rules = EmotionRules(start=start)
     user = OfflineUser(rules)

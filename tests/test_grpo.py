@@ -1,0 +1,88 @@
+"""Group-relative advantages: statistics count dialogues, and a user that failed is nowhere in them."""
+
+from statistics import fmean
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from config import Config
+from grpo import group_advantages
+from rollout import Trajectory, pack, split
+from update import Piece, State, prepare
+
+reward = st.integers(0, 100).map(lambda percent: percent / 100)
+groups = st.dictionaries(st.tuples(st.integers(0, 3), st.integers(0, 5)), reward, min_size=1)
+pytestmark = pytest.mark.usefixtures("one_thread")
+quick = settings(max_examples=60, deadline=None)
+
+
+@quick
+@given(groups)
+def test_an_advantage_is_the_reward_minus_the_mean_of_its_groups_dialogues(rewards):
+    advantages, _ = group_advantages(rewards, scale=False)
+    for key, value in rewards.items():
+        members = [r for other, r in rewards.items() if other[0] == key[0]]
+        if len(members) == 1:
+            assert key not in advantages  # no baseline: dropped, not zero
+        else:
+            assert advantages[key] == pytest.approx(value - fmean(members))
+    assert advantages.keys() <= rewards.keys()
+
+
+def test_scaling_divides_by_the_groups_own_population_spread():
+    rewards = {(0, 0): 0.2, (0, 1): 0.4, (1, 0): 0.0, (1, 1): 0.0, (1, 2): 0.9}
+    plain, scaled = group_advantages(rewards, scale=False)[0], group_advantages(rewards, scale=True)[0]
+    assert plain == pytest.approx({(0, 0): -0.1, (0, 1): 0.1, (1, 0): -0.3, (1, 1): -0.3, (1, 2): 0.6})
+    spread = (0.1, 0.18**0.5)
+    assert scaled == pytest.approx({key: value / spread[key[0]] for key, value in plain.items()}, rel=1e-4)
+
+
+@quick
+@given(groups, st.booleans(), st.randoms())
+def test_a_groups_advantages_do_not_depend_on_other_groups_or_on_order(rewards, scale, random):
+    keys = list(rewards)
+    random.shuffle(keys)
+    shuffled = group_advantages({key: rewards[key] for key in keys}, scale)
+    assert shuffled == group_advantages(rewards, scale)
+    for group in {key[0] for key in rewards}:
+        alone = group_advantages({key: r for key, r in rewards.items() if key[0] == group}, scale)[0]
+        assert alone == {key: a for key, a in shuffled[0].items() if key[0] == group}
+
+
+def test_the_share_of_groups_without_spread_counts_kept_groups():
+    flat, wide, single = {(0, 0): 0.5, (0, 1): 0.5}, {(1, 0): 0.5, (1, 1): 0.6}, {(2, 0): 0.5}
+    assert group_advantages(flat, True) == ({(0, 0): 0.0, (0, 1): 0.0}, 1.0)
+    assert group_advantages(flat | wide | single, True)[1] == 0.5
+    assert group_advantages(wide | single, True)[1] == 0.0
+    assert group_advantages(single, True) == ({}, 0.0)
+
+
+TURNS = {(0, 0): [3, 1, 2, 2], (0, 1): [4], (1, 0): [1, 1], (1, 1): [5, 2, 1]}  # sampled tokens of each turn
+REWARDS = {(0, 0): 0.9, (0, 1): 0.1, (1, 0): 0.3, (1, 1): 0.8}
+
+
+def layout(key, turns, think):
+    """The trajectories of a dialogue whose prompts have two ids a turn."""
+    pieces = [([0, 0, *range(1, n + 1)], [0, 0] + [1] * n) for n in turns]
+    if not think:
+        pieces = [(sum((ids for ids, _ in pieces), []), sum((mask for _, mask in pieces), []))]
+    return [Trajectory(key, ids, mask, [0.0] * len(ids), [0.0] * len(ids)) for ids, mask in pieces]
+
+
+@pytest.mark.parametrize("think", [False, True])
+@pytest.mark.parametrize("micro_tokens", [1, 9, 1000])
+@pytest.mark.parametrize("scale", [False, True])
+def test_dialogues_with_unequal_turns_get_the_same_baseline_in_both_sample_layouts(think, micro_tokens, scale):
+    items = [item for key, turns in TURNS.items() for item in layout(key, turns, think)]
+    pieces = [Piece(pack(part)) for part in split(items, micro_tokens)]
+    config = Config(algorithm="grpo", scale_advantage=scale, think=think)
+    metrics = prepare(State(None, None, None, None, []), config, pieces, REWARDS, torch.zeros(1, dtype=torch.bool))
+    distance = {0: 0.4, 1: 0.25}  # of either member from its group's mean, which is the spread too
+    expected = []
+    for key, turns in TURNS.items():
+        sign = 1 if REWARDS[key] > 0.5 else -1
+        expected += [sign * (1.0 if scale else distance[key[0]])] * sum(turns)
+    assert torch.cat([piece.advantage for piece in pieces]).tolist() == pytest.approx(expected, rel=1e-4)
+    assert metrics["group/zero_spread"] == 0

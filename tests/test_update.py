@@ -1,0 +1,354 @@
+"""From dialogues to changed weights: the gradient is the same however a step is cut, and nobody who failed is in it."""
+
+import copy
+import dataclasses
+import json
+import random
+
+import pytest
+import torch
+from conftest import ScriptedUser, make_engine, make_jobs, make_talk, tiny_raw
+from torch import nn
+
+import ppo
+import update as update_module
+from chat import load_tokenizer, make_chat
+from config import Config
+from model import PackedAttention
+from rollout import Trajectory, pack, run_dialogues, split, trajectories
+from simulator import Failed
+from update import Piece, State, build, by_dialogue, forward, learn, prepare, scatter, set_learning_rates, update, values
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+KINDS = {"ppo head": {"critic": "head"}, "ppo trunk": {"critic": "trunk"}, "grpo": {"algorithm": "grpo"}}
+# Learning rate 0: the optimiser step shows its gradient and leaves the weights to the next one. No gradient clip.
+STILL = {"lr": 0.0, "critic_lr": 0.0, "warmup": 0, "critic_warmup": 0, "grad_clip": 1e9}
+BANNED = make_engine(make_chat(load_tokenizer("bytes"), False)).banned
+
+
+@pytest.fixture(scope="module")
+def shape(tmp_path_factory):
+    path = tmp_path_factory.mktemp("shape") / "tiny.json"
+    path.write_text(json.dumps(tiny_raw("qwen2")))
+    return str(path)
+
+
+@pytest.fixture
+def make(shape):
+    """`make(kind, **options)`: a config and its state, with nothing in it zero, and a critic unlike the policy."""
+
+    def made(kind, **options) -> tuple[Config, State]:
+        config = Config(model=shape, tokenizer="bytes", **{**STILL, "group_size": 2, **KINDS[kind], **options})
+        state, generator = build(config, torch.device("cpu")), torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for module in (state.value_head, state.critic):
+                for parameter in module.parameters() if module else []:
+                    parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+        return config, state
+
+    return made
+
+
+def roll(state, think=False, change=None, groups=3, members=2, seed=0):
+    """Dialogues of one to three turns with the state's policy."""
+    chat = make_chat(load_tokenizer("bytes"), think)
+    engine = make_engine(chat, state.policy, slots=4, value_head=None if state.critic else state.value_head)
+    assert torch.equal(engine.banned, BANNED)
+    change = change or (lambda key, turn, reply: 4 * key[1] + 3 * key[0] * (-1) ** key[1] + turn)
+    user = ScriptedUser(lambda key, turn, reply: -10 if sum(key) == 2 else change(key, turn, reply))
+    return run_dialogues(make_jobs(groups, members), engine, chat, user, make_talk(reply_tokens=6), (seed,))
+
+
+def gradients(state, config, step):
+    """What the optimisers would have applied during `step()`: one dict of parameter name -> gradient an optimiser step."""
+    names = {id(p): f"{key}.{name}" for key, module in state.modules.items() for name, p in module.named_parameters()}
+    seen = []
+
+    def note(optimiser, args, kwargs):
+        seen.append({names[id(p)]: p.grad.clone() for g in optimiser.param_groups for p in g["params"] if p.grad is not None})
+
+    hooks = [optimiser.register_step_pre_hook(note) for optimiser in state.optimisers]
+    metrics = step()
+    for hook in hooks:
+        hook.remove()
+    assert metrics["skipped"] == 0
+    return {name: grad for found in seen for name, grad in found.items()}
+
+
+def of_update(state, config, dialogues):
+    return gradients(state, config, lambda: update(state, config, dialogues, BANNED))
+
+
+def distance(a, b):
+    """Relative distance of two gradients, the whole of them as one vector."""
+    assert a.keys() == b.keys()
+    a, b = (torch.cat([grads[name].flatten() for name in sorted(grads)]).double() for grads in (a, b))
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("think", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_is_the_same_for_every_micro_batch_size_and_packing_order(make, kind, think):
+    config, state = make(kind, think=think, kl_coef=0.1)
+    dialogues = roll(state, think)
+    assert len({len(dialogue.turns) for dialogue in dialogues}) > 1
+    rewards = {dialogue.key: dialogue.reward for dialogue in dialogues}
+
+    def packed(order, micro_tokens):
+        items = [item for dialogue in order for item in trajectories(dialogue, think)]
+        pieces = [Piece(pack(part)) for part in split(items, micro_tokens)]
+        prepare(state, config, pieces, rewards, BANNED)
+        return gradients(state, config, lambda: learn(state, config, pieces, BANNED))
+
+    whole = of_update(state, dataclasses.replace(config, micro_tokens=100000), dialogues)
+    assert all(grad.abs().max() > 0 for name, grad in whole.items() if not name.endswith("k_proj.bias"))  # softmax is blind to it
+    assert set(whole) == {f"{key}.{name}" for key, module in state.modules.items() for name, _ in module.named_parameters()}
+    for micro_tokens in (1, 300, 700):
+        assert distance(of_update(state, dataclasses.replace(config, micro_tokens=micro_tokens), dialogues), whole) < 1e-5
+    for seed in range(3):
+        order = random.Random(seed).sample(dialogues, len(dialogues))
+        assert distance(packed(order, (100000, 300, 1)[seed]), whole) < 1e-5
+        assert distance(of_update(state, config, order), whole) < 1e-5
+
+
+def test_the_gradient_is_the_textbooks(make):
+    """Policy gradient of GRPO by hand, a dialogue at a time: sum of advantage * logp over all tokens, divided once."""
+    config, state = make("grpo", entropy_coef=0.0, scale_advantage=False)
+    dialogues = roll(state)
+    reward = {dialogue.key: dialogue.reward for dialogue in dialogues}
+    total, loss = 0, 0.0
+    for dialogue in dialogues:
+        [item] = trajectories(dialogue, think=False)
+        hidden = state.policy(torch.tensor(item.tokens), torch.arange(len(item.tokens)), PackedAttention([0, len(item.tokens)], "cpu"))
+        logits = (hidden @ state.policy.output_weight.T).masked_fill(BANNED, -torch.inf).log_softmax(-1)
+        g, m = dialogue.key
+        for t, bit in enumerate(item.mask):
+            if bit:
+                loss, total = loss - (reward[g, m] - (reward[g, 0] + reward[g, 1]) / 2) * logits[t - 1, item.tokens[t]], total + 1
+    names = [name for name, _ in state.policy.named_parameters()]
+    by_hand = torch.autograd.grad(loss / total, list(state.policy.parameters()))
+    assert distance(of_update(state, config, dialogues), {f"policy.{n}": g for n, g in zip(names, by_hand)}) < 1e-4
+
+
+@pytest.mark.parametrize("think", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_failed_dialogue_changes_nothing(make, kind, think):
+    config, state = make(kind, think=think)
+    dialogues = roll(state, think, lambda key, turn, reply: Failed("mute") if key[1] == 1 and turn == 2 else 5 * key[1] + turn, members=3)
+    good = [dialogue for dialogue in dialogues if dialogue.completed]
+    assert 0 < len(good) < len(dialogues) and all(dialogue.turns for dialogue in dialogues)
+    assert distance(of_update(state, config, dialogues), of_update(state, config, good)) < 1e-6
+
+
+def test_a_grpo_group_with_one_survivor_is_dropped_from_the_denominator_too(make):
+    config, state = make("grpo", entropy_coef=0.1)
+    dialogues = roll(state, change=lambda key, turn, reply: Failed("mute") if key == (0, 1) else 5 * key[1] + turn)
+    rest = [dialogue for dialogue in dialogues if dialogue.key[0] != 0]
+    assert [dialogue.completed for dialogue in dialogues[:2]] == [True, False]
+    assert distance(of_update(state, config, dialogues), of_update(state, config, rest)) < 1e-6
+    assert update(state, config, dialogues[:2], BANNED) == {"skipped": 1.0}  # nobody left to learn from
+
+
+def test_a_broken_format_is_trained_with_reward_0(make):
+    config, state = make("grpo", think=True)
+    dialogues = roll(state, think=True)
+    dialogues[0].ended = "format"
+    assert dialogues[0].reward == 0 and dialogues[0].emotion > 0
+    pieces = [Piece(pack(trajectories(dialogue, think=True))) for dialogue in dialogues[:2]]
+    prepare(state, config, pieces, {dialogue.key: dialogue.reward for dialogue in dialogues[:2]}, BANNED)
+    assert (pieces[0].advantage < -0.99).all() and (pieces[1].advantage > 0.99).all()
+    assert len(pieces[0].advantage) == sum(len(turn.sampled_ids) for turn in dialogues[0].turns)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The pieces and metrics of every optimiser step that `update` takes."""
+    seen, real = [], update_module.learn
+
+    def spy(state, config, pieces, banned):
+        seen.append((pieces, real(state, config, pieces, banned)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(update_module, "learn", spy)
+    return seen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_optimiser_step_is_on_policy_by_construction(make, kind, steps):
+    config, state = make(kind, lr=1e-2)
+    dialogues = roll(state)
+    with torch.no_grad():
+        for parameter in state.policy.parameters():
+            parameter *= 1.1  # as if the sampler were a little off
+    metrics = update(state, config, dialogues, BANNED)
+    assert metrics["policy/approx_kl"] == metrics["policy/clipfrac"] == 0 and len(steps) == 1
+    assert metrics["rollout/sampler_gap"] > 1e-3
+    assert all(piece.old_logp is None for piece in steps[0][0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_two_minibatches_old_log_probs_are_recomputed_before_the_first(make, kind, steps):
+    config, state = make(kind, lr=1e-2, minibatches=2, micro_tokens=400)
+    dialogues, before = roll(state), copy.deepcopy(state)
+    for dialogue in dialogues:
+        for turn in dialogue.turns:
+            turn.logps = [-9.0] * len(turn.logps)  # the sampler's are not what counts
+    metrics = update(state, config, dialogues, BANNED)
+    (first, on_policy), (second, off_policy) = steps
+    assert on_policy["policy/approx_kl"] == pytest.approx(0, abs=1e-9) and on_policy["policy/clipfrac"] == 0
+    assert off_policy["policy/approx_kl"] > 1e-4
+    assert metrics["policy/approx_kl"] == pytest.approx((on_policy["policy/approx_kl"] + off_policy["policy/approx_kl"]) / 2)
+    for piece in first + second:
+        torch.testing.assert_close(piece.old_logp, forward(before, config, piece.batch, BANNED)[0].detach())
+    halves = [{key for piece in pieces for key in piece.batch.keys} for pieces in (first, second)]
+    assert not halves[0] & halves[1] and halves[0] | halves[1] == {dialogue.key for dialogue in dialogues}
+
+
+def test_epochs_pass_over_the_same_batch_again(make, steps):
+    config, state = make("ppo head", lr=1e-2, epochs=2)
+    update(state, config, roll(state), BANNED)
+    assert steps[0][0] is steps[1][0]
+    assert steps[0][1]["policy/approx_kl"] == pytest.approx(0, abs=1e-9) and steps[1][1]["policy/approx_kl"] > 1e-4
+
+
+A, B = (0, 0), (0, 1)
+
+
+def hand_made():
+    """Three pieces: A's first turn (2 trained tokens) and B's (1); A's second turn (1); B's second (3)."""
+
+    def item(key, mask, value):
+        spread = iter(value)
+        return Trajectory(key, [1] * len(mask), mask, [0.0] * len(mask), [next(spread) if bit else 99.0 for bit in mask])
+
+    return [Piece(pack([item(A, [0, 0, 1, 1], [0.1, 0.2]), item(B, [0, 1], [0.5])])), Piece(pack([item(A, [0, 0, 0, 1], [0.3])])),
+            Piece(pack([item(B, [0, 1, 0, 1, 1], [0.6, 0.7, 0.8])]))]
+
+
+def test_by_dialogue_joins_turns_in_order_and_scatter_is_the_way_back():
+    pieces = hand_made()
+    joined = by_dialogue(pieces, [piece.batch.value_T[piece.batch.mask_T] for piece in pieces])
+    assert {key: vector.tolist() for key, vector in joined.items()} == {A: pytest.approx([0.1, 0.2, 0.3]), B: pytest.approx([0.5, 0.6, 0.7, 0.8])}
+    scatter(pieces, {A: torch.tensor([1.0, 2, 3]), B: torch.tensor([4.0, 5, 6, 7])}, "advantage")
+    assert [piece.advantage.tolist() for piece in pieces] == [[1, 2, 4], [3], [5, 6, 7]]
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (0.9, 0.8)])
+@pytest.mark.parametrize("whitened", [False, True])
+def test_gae_runs_over_the_turns_of_a_dialogue_and_comes_back_to_the_right_tokens(gamma, lam, whitened):
+    pieces, config = hand_made(), Config(gamma=gamma, lam=lam, scale_advantage=whitened)
+    prepare(State(None, None, nn.Identity(), None, []), config, pieces, {A: 0.4, B: 0.9}, BANNED)
+    a, a_returns = ppo.gae(torch.tensor([0, 0, 0.4]), torch.tensor([0.1, 0.2, 0.3]), gamma, lam)
+    b, b_returns = ppo.gae(torch.tensor([0, 0, 0, 0.9]), torch.tensor([0.5, 0.6, 0.7, 0.8]), gamma, lam)
+    if whitened:  # over all trained tokens of the batch, however they are packed
+        a, b = ppo.whiten(torch.cat([a, b])).split([3, 4])
+    for name, u, v in (("advantage", a, b), ("returns", a_returns, b_returns)):
+        expected = [torch.cat([u[:2], v[:1]]), u[2:], v[1:]]
+        torch.testing.assert_close([getattr(piece, name) for piece in pieces], expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_that_are_not_finite_leave_the_weights_bit_equal_and_count_as_skipped(make, kind):
+    config, state = make(kind, lr=1e-2, critic_lr=1e-2)
+    dialogues = roll(state)
+    pieces = [Piece(pack(trajectories(dialogue, think=False))) for dialogue in dialogues]
+    prepare(state, config, pieces, {dialogue.key: dialogue.reward for dialogue in dialogues}, BANNED)
+    before, good = copy.deepcopy(state), pieces[2].advantage
+    pieces[2].advantage = good * float("nan")
+    assert learn(state, config, pieces, BANNED)["skipped"] == 1
+    for key, module in state.modules.items():
+        for (name, p), q in zip(module.named_parameters(), before.modules[key].parameters()):
+            assert torch.equal(p, q) and p.grad is None, name
+    assert not any(optimiser.state for optimiser in state.optimisers)
+    pieces[2].advantage = good
+    assert learn(state, config, pieces, BANNED)["skipped"] == 0
+    changed = [not torch.equal(p, q) for key in state.modules for p, q in zip(state.modules[key].parameters(), before.modules[key].parameters())]
+    assert all(changed)
+
+
+@pytest.mark.parametrize("critic", ["head", "trunk"])
+@pytest.mark.parametrize("lr, critic_lr", [(1e-3, 4e-3), (1e-3, 1e-3)])
+def test_learning_rates_warm_up_linearly_each_over_its_own_steps(make, critic, lr, critic_lr):
+    config, state = make(f"ppo {critic}", lr=lr, critic_lr=critic_lr, warmup=2, critic_warmup=4)
+    policy = {id(p) for p in state.policy.parameters()}
+    for state.step, shares in enumerate([(0.5, 0.25), (1, 0.5), (1, 0.75), (1, 1), (1, 1)]):
+        set_learning_rates(state, config)
+        for group in (group for optimiser in state.optimisers for group in optimiser.param_groups):
+            own = id(group["params"][0]) in policy
+            assert group["lr"] == pytest.approx(lr * shares[0] if own else critic_lr * shares[1])
+    set_learning_rates(state, dataclasses.replace(config, warmup=0, critic_warmup=0))
+    assert {group["lr"] for optimiser in state.optimisers for group in optimiser.param_groups} == {lr, critic_lr}
+
+
+def perturbed_kl(make, kind, **options):
+    """A config with a KL to a reference that the policy has left, and its dialogues."""
+    config, state = make(kind, kl_coef=0.5, **options)
+    with torch.no_grad():
+        for index, parameter in enumerate(state.policy.parameters()):
+            parameter *= 1 + 0.1 * (-1) ** index
+    return config, state, roll(state)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kl_loss_adds_the_gradient_of_k2_and_nothing_while_policy_and_reference_agree(make, kind):
+    config, state = make(kind, kl_coef=0.5)
+    free, dialogues = dataclasses.replace(config, kl_coef=0.0), roll(state)
+    assert not any(p.requires_grad for p in state.reference.parameters())
+    assert distance(of_update(state, config, dialogues), of_update(state, free, dialogues)) < 1e-5
+    config, state, dialogues = perturbed_kl(make, kind)
+    batch = pack([item for dialogue in dialogues for item in trajectories(dialogue, think=False)])
+    logp, reference = forward(state, config, batch, BANNED)[0], forward(state, config, batch, BANNED, state.reference)[0].detach()
+    k2 = 0.5 * (logp - reference).pow(2).mean()
+    extra = torch.autograd.grad(0.5 * k2, list(state.policy.parameters()), allow_unused=True)
+    expected = of_update(state, free, dialogues)
+    without = {name: grad.clone() for name, grad in expected.items()}
+    for (name, _), grad in zip(state.policy.named_parameters(), extra):
+        expected[f"policy.{name}"] = expected[f"policy.{name}"] + grad
+    found = of_update(state, config, dialogues)
+    assert distance(found, expected) < 1e-5 and distance(found, without) > 1e-3
+    assert update(state, config, dialogues, BANNED)["policy/kl_reference"] > 1e-3
+
+
+def test_the_kl_in_the_reward_is_k1_on_each_token(make, steps):
+    config, state, dialogues = perturbed_kl(make, "ppo head", kl="reward", scale_advantage=False)
+    update(state, config, dialogues, BANNED)
+    [(pieces, metrics)] = steps
+    k1 = by_dialogue(pieces, [piece.old_logp - piece.reference_logp for piece in pieces])
+    returns = by_dialogue(pieces, [piece.returns for piece in pieces])
+    assert metrics["policy/approx_kl"] == pytest.approx(0, abs=1e-9)
+    for dialogue in dialogues:
+        later = k1[dialogue.key].flip(0).cumsum(0).flip(0)
+        torch.testing.assert_close(returns[dialogue.key], dialogue.reward - 0.5 * later)
+    assert max(float(vector.abs().max()) for vector in k1.values()) > 0.1
+
+
+def test_the_kl_in_grpos_reward_is_k1_summed_over_the_dialogue(make, steps):
+    config, state, dialogues = perturbed_kl(make, "grpo", kl="reward", scale_advantage=False)
+    update(state, config, dialogues, BANNED)
+    pieces = steps[0][0]
+    k1 = by_dialogue(pieces, [piece.old_logp - piece.reference_logp for piece in pieces])
+    total = {dialogue.key: dialogue.reward - 0.5 * float(k1[dialogue.key].sum()) for dialogue in dialogues}
+    for (g, m), vector in by_dialogue(pieces, [piece.advantage for piece in pieces]).items():
+        assert vector.tolist() == pytest.approx([(total[g, m] - total[g, 1 - m]) / 2] * len(vector), abs=1e-4)
+
+
+@pytest.mark.parametrize("think", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gap_to_the_sampler_is_tiny_right_after_a_rollout(make, kind, think):
+    config, state = make(kind, think=think)
+    assert update(state, config, roll(state, think), BANNED)["rollout/sampler_gap"] < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["ppo head", "ppo trunk"])
+def test_the_value_of_token_t_comes_from_the_hidden_state_before_it(make, kind):
+    config, state = make(kind)
+    [item] = trajectories(roll(state)[0], think=False)
+    batch = pack([item])
+    trunk = state.critic if kind == "ppo trunk" else state.policy
+    hidden = trunk(batch.tokens_T, batch.position_T, PackedAttention(batch.cu_seqlens, "cpu"))
+    trained = [t for t, bit in enumerate(item.mask) if bit]
+    expected = torch.stack([state.value_head(hidden[t - 1]) for t in trained])
+    for value in (forward(state, config, batch, BANNED)[2], values(state, batch)):
+        torch.testing.assert_close(value, expected)
+    item.tokens[trained[-1]] ^= 1  # what is said next cannot change what was expected before
+    torch.testing.assert_close(values(state, pack([item])), expected)
