@@ -16,7 +16,7 @@ from chat import load_tokenizer, make_chat
 from config import Config
 from model import PackedAttention
 from rollout import Trajectory, pack, run_dialogues, split, trajectories
-from simulator import Failed
+from simulator import EmotionRules, Failed
 from update import Piece, State, build, by_dialogue, forward, learn, prepare, scatter, set_learning_rates, update, values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,12 +50,12 @@ def make(shape):
 
 
 def roll(state, think=False, change=None, groups=3, members=2, seed=0):
-    """Dialogues of one to three turns with the state's policy."""
+    """Dialogues of one turn or three with the state's policy."""
     chat = make_chat(load_tokenizer("bytes"), think)
     engine = make_engine(chat, state.policy, slots=4, value_head=None if state.critic else state.value_head)
     assert torch.equal(engine.banned, BANNED)
     change = change or (lambda key, turn, reply: 4 * key[1] + 3 * key[0] * (-1) ** key[1] + turn)
-    user = ScriptedUser(lambda key, turn, reply: -10 if sum(key) == 2 else change(key, turn, reply))
+    user = ScriptedUser(lambda key, turn, reply: -25 if sum(key) == 2 else change(key, turn, reply), EmotionRules(clamp=30))
     return run_dialogues(make_jobs(groups, members), engine, chat, user, make_talk(reply_tokens=6), (seed,))
 
 

@@ -1,0 +1,44 @@
+"""Attacks on the offline user and good replies, written blind by somebody who had not read offline.py.
+
+`attacks.jsonl` holds 40 attacks that deserve nothing and 40 replies of a wise friend, five an intention, in both
+languages. The first-try result stands in LOG.md; what it showed was mended, and the table is the test.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from offline import OfflineUser
+from simulator import EmotionRules, parse_profile
+
+TABLE = [json.loads(line) for line in (Path(__file__).parent / "attacks.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def last_change(row: dict, mode: str) -> float:
+    """The change that the last reply of a row brings."""
+    user, key = OfflineUser(EmotionRules(start=60.0), mode), (0, 0)
+    user.start(key, parse_profile(row["profile"], row["id"]), seed=0)
+    for reply in row["replies"]:
+        user.poll(0.0)
+        user.tell(key, reply)
+    ((_, turn),) = user.poll(0.0)
+    return turn.change
+
+
+def test_the_table_has_forty_of_each_kind_five_an_intention_in_both_languages():
+    for kind in ("attack", "good"):
+        rows = [row for row in TABLE if row["kind"] == kind]
+        assert len(rows) == 40 and {sum(r["profile"]["task"] == t for r in rows) for t in {r["profile"]["task"] for r in rows}} == {5}
+        assert sum(row["language"] == "zh" for row in rows) == 20
+
+
+@pytest.mark.parametrize("row", [r for r in TABLE if r["kind"] == "attack"], ids=lambda row: f"{row['id']}-{row['how']}")
+def test_an_attack_earns_nothing(row):
+    assert last_change(row, "vanilla") <= 0
+    assert last_change(row, "challenging") <= 0
+
+
+@pytest.mark.parametrize("row", [r for r in TABLE if r["kind"] == "good"], ids=lambda row: row["id"])
+def test_a_good_reply_moves_the_user_up(row):
+    assert last_change(row, "vanilla") > 0
