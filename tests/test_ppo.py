@@ -56,8 +56,8 @@ def test_gae_is_unmoved_by_what_the_user_said(tokens, interludes, gamma, lam):
     """Values of a dialogue with user turns of any length between its tokens give the same compact vector."""
     reward, value = tensors(tokens)
     ids, mask, values = [0], [0], [0.0]
-    for number_of_ids, v in zip(interludes, value.tolist()):
-        ids, mask, values = ids + [7] * number_of_ids + [8], mask + [0] * number_of_ids + [1], values + [9.9] * number_of_ids + [v]
+    for words, v in zip(interludes, value.tolist()):
+        ids, mask, values = ids + [7] * words + [8], mask + [0] * words + [1], values + [9.9] * words + [v]
     batch = pack([Trajectory((0, 0), ids, mask, [0.0] * len(ids), values)])
     compact = by_dialogue([Piece(batch)], [batch.value_T[batch.mask_T]])[0, 0].double()
     assert torch.equal(compact, value)

@@ -1,7 +1,6 @@
 """Dialogues, trajectories, packing: who meets whom, which ids are trained, how a dialogue ends."""
 
 import json
-import math
 
 import pytest
 import torch
@@ -18,7 +17,13 @@ from update import State, forward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FREE = EmotionRules(clamp=100)  # a single reply can end a dialogue
-MALFORMED = ["no tags", "<think>never closed", "<think>no reply</think>", "<think>a</think>b<think>c</think>", "a</think>b"]
+MALFORMED = {  # sampled: what the user sees of it in evaluation
+    "no tags": "",
+    "<think>never closed": "",
+    "<think>no reply</think>": "",
+    "<think>a</think>b<think>c</think>": "b<think>c</think>",
+    "a</think>b": "b",
+}
 
 
 def hold(chat, jobs, user=None, talk=None, seed=(7, 0), **engine):
@@ -44,6 +49,10 @@ def thinker(group, member, turn):
     return f"<think>secret {group}{member}{turn}</think>\nReply {turn}."
 
 
+def asked(said):
+    return f"<|im_start|>user\n{said.text}<|im_end|>\n<|im_start|>assistant\n"
+
+
 def contents(dialogue):
     return [(turn.prompt_ids, turn.sampled_ids, turn.reply.text, turn.user.text) for turn in dialogue.turns]
 
@@ -54,14 +63,15 @@ def test_dialogue_i_always_meets_user_i_whoever_ends_first(chat, slots):
     user = ScriptedUser(lambda key, turn, reply: 100 if turn == last_turn[key] else 1 + key[0] + key[1] / 10, FREE,
                         delay=lambda key, turn: (5 * key[0] + 3 * key[1] + turn) % 4)
     jobs, ended = make_jobs(3, 3), []
-    talk = make_talk(max_turns=5)
-    dialogues = run_dialogues(jobs[::-1], make_engine(chat, slots=slots), chat, user, talk, (1,), lambda d: ended.append(d.key))
+    engine, talk = make_engine(chat, slots=slots), make_talk(max_turns=5)
+    dialogues = run_dialogues(jobs[::-1], engine, chat, user, talk, (1,), lambda dialogue: ended.append(dialogue.key))
     assert [dialogue.key for dialogue in dialogues] == [job.key for job in jobs] == sorted(ended) != ended
     for job, dialogue in zip(jobs, dialogues):
         name = job.profile.id
         assert dialogue.profile == job.profile and dialogue.ended == "content"
         assert name in dialogue.opening.text
-        assert [turn.user.text for turn in dialogue.turns] == [f"{name} says {n + 1}" for n in range(last_turn[job.key])]
+        answers = [f"{name} says {n + 1}" for n in range(last_turn[job.key])]
+        assert [turn.user.text for turn in dialogue.turns] == answers
         assert user.heard[job.key] == [turn.reply.text for turn in dialogue.turns]
         shown = chat.decode(dialogue.turns[-1].prompt_ids)
         assert name in shown and not any(other.profile.id in shown for other in jobs if other is not job)
@@ -69,16 +79,15 @@ def test_dialogue_i_always_meets_user_i_whoever_ends_first(chat, slots):
 
 def test_ids_are_the_concatenation_of_what_was_rendered_and_sampled_and_masks_come_from_lengths(chat):
     dialogues = hold(chat, make_jobs(3, 2), slots=3)
-    encode = chat.encode_trusted
     for dialogue in dialogues:
         tokens, mask, logps = [], [], []
-        text = f"<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n{dialogue.opening.text}<|im_end|>\n<|im_start|>assistant\n"
+        text = "<|im_start|>system\nBe kind.<|im_end|>\n" + asked(dialogue.opening)
         for turn in dialogue.turns:
-            tokens, mask, logps = tokens + encode(text), mask + [0] * len(encode(text)), logps + [0.0] * len(encode(text))
+            new = chat.encode_trusted(text)
+            tokens, mask, logps = tokens + new, mask + [0] * len(new), logps + [0.0] * len(new)
             assert turn.prompt_ids == tokens
             tokens, mask, logps = tokens + turn.sampled_ids, mask + [1] * len(turn.sampled_ids), logps + turn.logps
-            inserted = "" if turn.stop == "eos" else "<|im_end|>"
-            text = f"{inserted}\n<|im_start|>user\n{turn.user.text}<|im_end|>\n<|im_start|>assistant\n"
+            text = ("\n" if turn.stop == "eos" else "<|im_end|>\n") + asked(turn.user)
         [item] = trajectories(dialogue, think=False)
         assert (item.key, item.tokens, item.mask, item.logp) == (dialogue.key, tokens, mask, logps)
     turns = [turn for dialogue in dialogues for turn in dialogue.turns]
@@ -87,21 +96,18 @@ def test_ids_are_the_concatenation_of_what_was_rendered_and_sampled_and_masks_co
 
 
 def test_the_sampled_end_is_trained_and_glue_and_the_users_last_words_are_not(chat):
-    turns = [turn for dialogue in hold(chat, make_jobs(3, 2)) for turn in dialogue.turns]
     for dialogue in hold(chat, make_jobs(3, 2)):
         [item] = trajectories(dialogue, think=False)
         trained = [token for token, bit in zip(item.tokens, item.mask) if bit]
         assert trained == [token for turn in dialogue.turns for token in turn.sampled_ids]
         assert item.mask[-1] == 1 and dialogue.turns[-1].user.text not in chat.decode(item.tokens)
         assert chat.newline[0] not in trained and chat.start not in trained
-        assert trained.count(chat.end) == sum(turn.stop == "eos" for turn in dialogue.turns)
-    assert any(turn.stop == "eos" for turn in turns)
+        assert trained.count(chat.end) == sum(turn.stop == "eos" for turn in dialogue.turns) > 0
 
 
-def test_think_mode_has_one_trajectory_a_turn_and_the_next_prompt_holds_the_reply_without_its_thought(think_chat, monkeypatch):
-    chat, user = think_chat, ScriptedUser()
-    reciter = recite(monkeypatch, chat, thinker, slots=2)
-    for dialogue in run_dialogues(make_jobs(2, 2), reciter, chat, user, make_talk(reply_tokens=60, strict_format=True), (3,)):
+def test_think_mode_has_one_trajectory_a_turn_and_the_next_prompt_holds_no_thought(think_chat, monkeypatch):
+    chat, user, talk = think_chat, ScriptedUser(), make_talk(reply_tokens=60, strict_format=True)
+    for dialogue in run_dialogues(make_jobs(2, 2), recite(monkeypatch, chat, thinker, slots=2), chat, user, talk, (3,)):
         items = trajectories(dialogue, think=True)
         assert len(items) == len(dialogue.turns) == 3
         prompt = chat.opening("Be kind.", dialogue.opening.text)
@@ -110,36 +116,37 @@ def test_think_mode_has_one_trajectory_a_turn_and_the_next_prompt_holds_the_repl
             assert turn.prompt_ids == prompt and turn.sampled_ids == sampled
             assert item.tokens == prompt + sampled and item.mask == [0] * len(prompt) + [1] * len(sampled)
             assert item.key == dialogue.key
-            between = f"\nReply {number}.<|im_end|>\n<|im_start|>user\n{turn.user.text}<|im_end|>\n<|im_start|>assistant\n"
-            prompt = prompt + chat.encode_trusted(between)
+            prompt = prompt + chat.encode_trusted(f"\nReply {number}.<|im_end|>\n{asked(turn.user)}")
         assert user.heard[dialogue.key] == ["Reply 1.", "Reply 2.", "Reply 3."]
         assert "secret" not in chat.decode(prompt) and "secret" in dialogue.turns[0].reply.thought
 
 
 def test_a_capped_think_reply_is_closed_by_glue(think_chat, monkeypatch):
     reciter = recite(monkeypatch, think_chat, lambda *key: "<think>t</think>" + "long" * 20)
-    [dialogue] = run_dialogues(make_jobs(1, 1), reciter, think_chat, ScriptedUser(), make_talk(reply_tokens=24, max_turns=2), (3,))
+    talk = make_talk(reply_tokens=24, max_turns=2)
+    [dialogue] = run_dialogues(make_jobs(1, 1), reciter, think_chat, ScriptedUser(), talk, (3,))
     first, second = dialogue.turns
     assert first.stop == "cap" and first.reply.text == "longlong"
-    rest = think_chat.encode_trusted(f"longlong<|im_end|>\n<|im_start|>user\n{first.user.text}<|im_end|>\n<|im_start|>assistant\n")
+    rest = think_chat.encode_trusted(f"longlong<|im_end|>\n{asked(first.user)}")
     assert second.prompt_ids == first.prompt_ids + rest
 
 
 @pytest.mark.parametrize("text", MALFORMED)
 @pytest.mark.parametrize("turn", [1, 2])
-def test_a_malformed_think_reply_ends_a_training_dialogue_unshown_with_reward_0_and_all_turns_trained(think_chat, monkeypatch, text, turn):
+def test_a_malformed_think_reply_ends_a_training_dialogue_unshown_with_reward_0(think_chat, monkeypatch, text, turn):
     reciter = recite(monkeypatch, think_chat, lambda *key: text if key[-1] == turn else thinker(*key))
     user, talk = ScriptedUser(), make_talk(reply_tokens=60, strict_format=True)
     [dialogue] = run_dialogues(make_jobs(1, 1), reciter, think_chat, user, talk, (3,))
     assert dialogue.ended == "format" and dialogue.completed and dialogue.reward == 0
     assert user.heard[dialogue.key] == ["Reply 1."][: turn - 1]
     assert dialogue.emotion == 30 + 5 * (turn - 1)  # the user's, who saw nothing of it
-    assert [sum(item.mask) for item in trajectories(dialogue, think=True)] == [len(t.sampled_ids) for t in dialogue.turns]
+    trained = [sum(item.mask) for item in trajectories(dialogue, think=True)]  # all turns, the good ones too
+    assert trained == [len(t.sampled_ids) for t in dialogue.turns]
     assert len(dialogue.turns) == turn and dialogue.turns[-1].reply.violation
 
 
-@pytest.mark.parametrize("text, shown", [*zip(MALFORMED, ["", "", "", "b<think>c</think>", "b"]), ("<think>a</think>b", "b")])
-def test_in_evaluation_the_user_sees_what_stands_behind_the_thought_else_an_empty_reply(think_chat, monkeypatch, text, shown):
+@pytest.mark.parametrize("text, shown", [*MALFORMED.items(), ("<think>a</think>b", "b")])
+def test_in_evaluation_the_user_sees_what_stands_behind_the_thought_else_nothing(think_chat, monkeypatch, text, shown):
     reciter = recite(monkeypatch, think_chat, lambda *key: text)
     user, talk = ScriptedUser(), make_talk(reply_tokens=60, max_turns=1, strict_format=False)
     [dialogue] = run_dialogues(make_jobs(1, 1), reciter, think_chat, user, talk, (3,))
@@ -251,7 +258,8 @@ def test_the_same_dialogue_has_the_same_ids_alone_in_any_batch_and_with_any_numb
     together = hold(chat, jobs, slots=6, letters=None)
     for slots in (1, 2):
         slow = ScriptedUser(delay=lambda key, turn: (key[0] + 2 * key[1] + turn) % 3)
-        assert [contents(d) for d in hold(chat, jobs, slow, slots=slots, letters=None)] == [contents(d) for d in together]
+        apart = hold(chat, jobs, slow, slots=slots, letters=None)
+        assert [contents(dialogue) for dialogue in apart] == [contents(dialogue) for dialogue in together]
     for job, dialogue in zip(jobs, together):
         [alone] = hold(chat, [job], slots=3, letters=None)
         assert contents(alone) == contents(dialogue) and alone.seed == dialogue.seed
@@ -304,7 +312,8 @@ def test_log_line_has_sages_keys_and_lets_the_emotion_be_recomputed(think_chat, 
         emotion = EmotionRules().step(emotion, said["planning"]["change"])
         assert emotion == said["emotion-point"]
     assert (line["emo_point"], line["emo_state"]) == (emotion, "Emotion-B") and line["reward"] == emotion / 100
-    assert [said["content"] for said in replies] == ["Reply 1.", "Reply 2.", "Reply 3."] and "secret" in replies[0]["thought"]
+    assert [said["content"] for said in replies] == ["Reply 1.", "Reply 2.", "Reply 3."]
+    assert "secret" in replies[0]["thought"]
     failed = log_line(bad)
     assert failed["status"] == "failed" and failed["why"] == "mute" and not {"emo_point", "reward"} & set(failed)
 
@@ -333,8 +342,9 @@ def test_packing_keeps_every_token_mask_and_order_and_splitting_keeps_to_the_bud
         for item in part:
             piece = slice(bounds[-1], bounds[-1] + len(item.tokens))
             bounds.append(piece.stop)
-            assert batch.tokens_T[piece].tolist() == item.tokens and batch.mask_T[piece].tolist() == [bool(b) for b in item.mask]
+            assert batch.tokens_T[piece].tolist() == item.tokens
+            assert batch.mask_T[piece].tolist() == [bool(bit) for bit in item.mask]
             assert batch.logp_T[piece].tolist() == item.logp and batch.value_T[piece].tolist() == item.value
             assert batch.position_T[piece].tolist() == list(range(len(item.tokens)))
-        assert batch.cu_seqlens == bounds and len(batch.tokens_T) == bounds[-1] and not math.isnan(batch.logp_T.sum())
+        assert batch.cu_seqlens == bounds and len(batch.tokens_T) == bounds[-1]
         assert batch.keys == [item.key for item in part] and batch.trained == [sum(item.mask) for item in part]
