@@ -59,6 +59,9 @@ class Config:
     micro_tokens: int = option(8192, "tokens per forward and backward; any value gives the same gradient")
     checkpointing: bool = option(False, "recompute activations in the backward pass")
     # losses
+    credit: str = option(
+        "final", "PPO's reward: final (on the last token) or turn (each change of emotion on its turn)", ("final", "turn")
+    )
     clip: float = option(0.2, "PPO's clip range of the ratio")
     value_clip: float = option(0.5, "clip range of the value around its old prediction")
     vf_coef: float = option(0.5, "weight of the value loss where the critic is a head on the policy")
@@ -177,6 +180,8 @@ def check(config: Config) -> Config:
             raise InputError(f"option {key!r} must be in 10..99, where a dialogue can begin, not {getattr(config, key)}")
     if config.algorithm == "grpo" and config.group_size < 2:
         raise InputError("option 'group_size' must be at least 2 for grpo: a group of one has no baseline; or set algorithm=ppo")
+    if config.algorithm == "grpo" and config.credit != "final":
+        raise InputError("option 'credit' must be final for grpo, which has one advantage a dialogue; or set algorithm=ppo")
     if config.reply_tokens >= config.context_tokens:
         raise InputError(f"option 'reply_tokens' ({config.reply_tokens}) must be below 'context_tokens' ({config.context_tokens})")
     if config.groups * config.group_size < config.minibatches:

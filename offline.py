@@ -11,7 +11,6 @@ import hashlib
 import math
 import re
 import tomllib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,23 +26,22 @@ WEIGHTS = {
     "listening": (4.5,   4.0,  4.0,  -1.0,  -5.0,   0.5, -1.0, -2.0,  0.5,    -2.0, -3.0, -5.0, -2.0, -2.5),
     "empathy":   (7.5,   3.5,  1.0,  -1.0,  -3.5,   0.5, -0.5, -1.5,  0.5,    -3.0, -3.0, -5.0, -2.0, -2.5),
     "agreement": (2.0,   1.5,  0.0,  -3.0,  -3.0,   0.5, -0.5, -3.0,  9.0,    -1.5, -2.5, -7.0, -2.0, -2.0),
-    "analysis":  (0.5,   1.5,  0.5,   0.5,  -0.5,  -0.5,  2.0,  9.0, -2.0,    -2.0, -2.0, -3.0, -2.0, -0.5),
-    "advice":    (1.0,   1.0,  0.5,  -1.0,   9.0,   0.0,  0.5,  0.5,  0.0,    -2.0, -1.5, -4.0, -2.0, -0.5),
-    "motives":   (0.5,   1.5,  0.5,  -0.5,  -2.0,  -0.5,  9.0,  1.0, -0.5,    -2.0, -2.5, -3.0, -2.0, -0.5),
-    "growth":    (1.0,   1.5,  2.5,   8.0,  -2.5,   0.0,  0.0,  1.0, -2.0,    -2.0, -2.5, -3.0, -2.0, -1.5),
+    "analysis":  (1.5,   1.5,  0.5,   0.5,  -0.5,  -0.5,  2.0,  9.0, -2.0,    -2.0, -2.0, -3.0, -2.0, -0.5),
+    "advice":    (1.5,   1.5,  0.5,  -1.0,   9.0,   0.0,  0.5,  0.5,  0.0,    -2.0, -1.5, -4.0, -2.0, -0.5),
+    "motives":   (1.5,   1.5,  0.5,  -0.5,  -2.0,  -0.5,  9.0,  1.0, -0.5,    -2.0, -2.5, -3.0, -2.0, -0.5),
+    "growth":    (1.5,   1.5,  2.5,   8.0,  -2.5,   0.0,  0.0,  1.0, -2.0,    -2.0, -2.5, -3.0, -2.0, -1.5),
 }
 PRIMARY = 2.5  # a move of at least this weight serves the intention
-# Factors on gains and on costs: negative personas are the hardest to please in the released logs (PAPER.md, 4).
-PERSONA = {"negative": (0.85, 1.2), "passive": (1.0, 1.0), "avoidant": (1.0, 0.95)}
-# Share that an ungrounded move keeps; share that moves beside an unserved intention keep; cost of not serving it.
-MODES = {"vanilla": (0.15, 0.7, 2.2), "challenging": (0.05, 0.2, 2.8)}
+PERSONA = {"negative": (0.85, 1.2), "passive": (1.0, 1.0), "avoidant": (1.0, 0.95)}  # factors on gains, on costs
+# Share that an ungrounded move keeps; most points of moves beside an unserved intention; cost of not serving it.
+MODES = {"vanilla": (0.15, 1.9, 2.2), "challenging": (0.05, 0.5, 2.8)}
 SOFTNESS = (6.5, 12.0)  # gains, costs: points p become 10 * (1 - exp(-p / softness)), so the second adds less
-COSTS = {"repetition": 5.0, "parroting": 5.0, "garbled": 6.0, "wrong_language": 8.0, "stuffing": 4.0, "too_short": 3.0,
-         "too_long": 6.0, "cut": 0.4}  # points at full strength, for any intention
+COSTS = {"repetition": 5.0, "parroting": 5.0, "garbled": 9.0, "off_topic": 2.5, "wrong_language": 8.0, "stuffing": 4.0,
+         "too_short": 3.0, "too_long": 6.0, "cut": 0.15}  # points at full strength, for any intention
 LENGTHS = {"en": (3, 16, 120, 520), "zh": (4, 24, 260, 1100)}  # shortest, good from, to, longest: words, characters
 # Shared content units that ground a sentence by 63 %; new ones that add something; tokens of a sentence that counts.
 GROUND, NEW, WHOLE = {"en": 1.0, "zh": 1.8}, {"en": 4, "zh": 8}, {"en": 10, "zh": 16}
-NGRAM = {"en": (4, 3), "zh": (6, 4)}  # n-gram lengths: copied from the user, repeated from an own reply
+NGRAM = {"en": 4, "zh": 6}  # length of the n-grams that are copied from the user
 SAID = {"en": (5, 34), "zh": (8, 85)}  # how long a fact may be to be told: words, characters
 
 
@@ -57,6 +55,7 @@ def lexicon(language: str) -> SimpleNamespace:
         language=language, raw=raw, function=function, stop=function if english else frozenset(raw["stop_characters"]),
         generic={stem(word) if english else word for word in raw["generic_words"].split()},
         cues={name: re.compile(edge % "|".join(cue.splitlines())) for name, cue in raw["cues"].items()},
+        frames=dict(zip(function, function)) | {x: kind for kind, xs in raw["frames"].items() for x in xs.split()},
         classes={kind: frozenset(words.split()) for kind, words in raw.get("classes", {}).items()})
 
 
@@ -95,10 +94,6 @@ def units(text: str, lex: SimpleNamespace) -> set[str]:
     return {pair for pair in pairs if lex.stop.isdisjoint(pair)} - lex.generic
 
 
-def grams(items: list[str], n: int) -> list[tuple[str, ...]]:
-    return [tuple(items[i : i + n]) for i in range(len(items) - n + 1)]
-
-
 def sentences(text: str) -> list[str]:
     """Sentences with their closing mark; line breaks end one too."""
     return [part.strip() for part in re.findall(r"[^.!?。！？；\n…]*\w[^.!?。！？；\n…]*[.!?。！？；…\"”」]*", text)]
@@ -110,7 +105,7 @@ SAME = dict(zip("i you me my your mine yours i'm you're am are i've you've 我 �
 
 def copies(items: list[str], lex: SimpleNamespace) -> list[tuple[str, ...]]:
     """N-grams with first and second person made equal: `my boss` copied as `your boss` is still a copy."""
-    return grams([SAME.get(item, item) for item in items], NGRAM[lex.language][0])
+    return list(zip(*([SAME.get(item, item) for item in items][i:] for i in range(NGRAM[lex.language]))))
 
 
 @functools.lru_cache(4096)
@@ -128,61 +123,61 @@ def scene_facts(profile: Profile) -> tuple[set, re.Pattern, re.Pattern]:
 
 def story(profile: Profile, said: list[str], lex: SimpleNamespace) -> SimpleNamespace:
     """What a reply can be tied to: units of the scene, of all and of the last that was said, n-grams to copy."""
-    scene, others, persons = scene_facts(profile)
+    scene, others, who = scene_facts(profile)
     copied = {gram for text in said for gram in copies(tokens(text), lex)}
     said, last = (units(" ".join(part), lex) for part in (said, said[-1:]))
-    return SimpleNamespace(lex=lex, scene=scene, said=said, last=last, copied=copied, others=others, persons=persons)
+    return SimpleNamespace(lex=lex, said=said, scene=scene - said, last=last, copied=copied, others=others, who=who)
 
 
 @dataclass
 class Sentence:
     """A sentence of the reply, what its cues are, and how far a move in it counts."""
-
     text: str  # lower-cased
     before: str  # the two sentences before it, for moves that span some
     items: list[str]
     told: SimpleNamespace  # the story it is held against
-    # tied to this person's story by its own words; or by a neighbour's; well-formed; share of its masked n-grams said
-    # before; share of its tokens copied from the user; neither said before nor copied
+    # tied to this person's story by its own words; or by a neighbour's; well-formed; how far it has the form of one
+    # said before; share of its tokens copied from the user; neither said before nor copied
     ground = tied = sound = again = copied = fresh = 0.0
 
     def has(self, family: str, wide: bool = False) -> int:
         """How many different cues of a family it holds; wide: together with the sentences before it."""
-        return len({match.group() for match in self.told.lex.cues[family].finditer(self.span[wide])})
+        if (key := (family, wide)) not in self.counts:
+            self.counts[key] = len({match.group() for match in self.told.lex.cues[family].finditer(self.span[wide])})
+        return self.counts[key]
 
     def to_user(self, wide: bool = False) -> bool:
         return bool(re.search(r"\byou|你|您", self.span[wide]))
 
-    def minds(self) -> int:
-        """Mental words whose owner, the last person named before them, is neither user nor speaker."""
-        before = [self.text[: match.start()] for match in self.told.lex.cues["mental"].finditer(self.text)]
-        return sum((self.told.persons.findall(text) or ["i"])[-1] not in ("i", "you", "我", "你") for text in before)
-
-    def on_others(self, wide: bool = False) -> bool:
-        return self.told.others.search(self.span[wide]) is not None
+    def minds(self, family: str = "mental") -> int:
+        """Words of a family whose owner, the last person named before them, is neither user nor speaker."""
+        before = [self.text[: match.start()] for match in self.told.lex.cues[family].finditer(self.text)]
+        return sum((self.told.who.findall(text) or ["i"])[-1] not in ("i", "you", "我", "你") for text in before)
 
     def __post_init__(self):
-        self.span = (self.text, f"{self.before} {self.text}")
+        self.counts, self.span = {}, (self.text, f"{self.before} {self.text}")
         self.asks = bool(re.search(r"[?？]|[吗呢]$", self.text))
         clauses = re.findall(r"[^\s,，?？.。][^,，?？.。]*", self.text)
         self.stock = any(self.told.lex.cues["stock_question"].fullmatch(clause) for clause in clauses)
-        self.invites = self.to_user() and (self.asks or self.has("wonder") > 0)
+        self.invites = self.to_user(wide=True) and (self.asks or self.has("wonder") > 0)
         self.imperative = self.told.lex.cues["imperative"].match(self.text) is not None
 
 
 # How much of each move a sentence makes, 0..1, whether or not it is grounded.
 DETECTORS = {
-    "validation": lambda s: saturate(s.has("feeling")) * (1 - s.asks / 2) * (s.has("validate") > 0 or s.to_user() / 2),
+    "validation": lambda s: saturate(s.has("feeling")) * (1 - s.asks / 2) * (s.has("validate") > 0 or s.to_user() / 2)
+    * (0.25 if not s.to_user() and s.minds("feeling") else 1.0),
     "reflection": lambda s: 0.0 if s.asks or s.has("lecture") or s.has("blame") or DETECTORS["advice"](s) > 0.3
     else 0.3 + 0.35 * s.to_user() + 0.35 * (s.has("past_act") + s.has("feeling") > 0),
-    "question": lambda s: s.asks * (0.15 if s.stock else 1.0 if s.has("open_question") else 0.6),
+    "question": lambda s: s.asks * (0.15 if s.stock else 1.0 if s.has("open_question") else 0.6)
+    * (1 - 0.6 * DETECTORS["growth"](s)) if s.asks else 0.6 * saturate(s.has("invite")),
     "growth": lambda s: saturate(s.has("growth")) * saturate(s.has("inward")) * s.invites,
     "advice": lambda s: 0.35 + 0.65 * saturate(s.has("concrete")) ** 2
-    if (s.has("advice") or s.imperative) and (not s.asks or s.has("proposal")) else 0.0,
+    if (s.has("advice") or s.imperative) and (not s.asks or s.has("proposal")) and not s.has("invite") else 0.0,
     "praise": lambda s: saturate(s.has("praise")) * clip(0.3 + s.has("past_act", wide=True)) * s.to_user(wide=True),
     "motives": lambda s: saturate(s.has("cause")) * saturate(s.minds()),
-    "perspectives": lambda s: (s.has("contrast") > 0) * saturate(min(3, s.has("weigh", wide=True)))
-    * (1.0 if s.to_user(wide=True) and s.on_others(wide=True) else 0.5),
+    "perspectives": lambda s: (s.has("contrast") > 0) * (1 - s.asks / 2) * saturate(min(3, s.has("weigh", wide=True)))
+    * (0.4 + 0.35 * (s.told.others.search(s.span[1]) is not None) + 0.25 * s.to_user(wide=True)),
     "agreement": lambda s: 0.0 if s.asks or s.has("blame") else saturate(s.has("agreement")),
 }
 MOVES = tuple(DETECTORS)
@@ -195,7 +190,7 @@ def malformed(text: str, items: list[str], lex: SimpleNamespace, cut: bool) -> f
     grammar, banned, n = lex.raw["grammar"], lex.raw["grammar"]["banned"], len(items)
     function = sum(item in lex.function for item in items) / n
     loops = sum(a == b for a, b in zip(items, items[1:])) / n + clip(0.6 - len(set(items)) / n)
-    faults = 4 * loops + 0.5 * (lex.cues["verb"].search(text.lower()) is None)
+    faults = 4 * loops + 0.5 * (not cut and lex.cues["verb"].search(text.lower()) is None)
     if lex.language == "en":
         kinds = [next((kind for kind, words in lex.classes.items() if item in words), "") for item in items]
         pairs = [f"{x} {y}" for x, y, a, b in zip(items, items[1:], kinds, kinds[1:]) if b in banned.get(a, "").split()]
@@ -205,40 +200,39 @@ def malformed(text: str, items: list[str], lex: SimpleNamespace, cut: bool) -> f
         odd = sum(bool(re.search(r"^[^\W\daeiouy]+$|[^aeiouy\W\d]{6}|(.)\1\1", item)) for item in items)
         return clip(faults + (10 * wrong + 5 * odd) / n + clip(1.5 - 5 * function) + clip(max(runs) / 5 - 1.2)
                     + clip(n / 30 - 1.7))
-    clauses = re.findall(r"[\u4e00-\u9fff]+", text) or [" "]
-    wrong = sum(clause[0] in grammar["openers"] for clause in clauses)
-    wrong += sum(b in banned.get(a, "") for clause in clauses for a, b in zip(clause, clause[1:]))
-    wrong += sum(clause[-1] in grammar["closers"] for clause in clauses[: -1 if cut else None])
-    return clip(faults + 12 * wrong / n + clip(1.2 - 6 * function) + clip((max(map(len, clauses)) - 30) / 20))
+    clauses = re.findall(r"[\u4e00-\u9fff]+", re.sub("[“「『][^”」』]*[”」』]", "某某", text)) or [" "]
+    wrong = sum(clause[0] in grammar["openers"] for clause in clauses) + len(lex.cues["broken"].findall(text))
+    wrong += sum(b in banned.get(a, "") for clause in clauses for a, b in zip(clause, clause[1:])) + sum(
+        clause[-1] in grammar["closers"] for clause in clauses[: -1 if cut else None])
+    return clip(faults + 14 * wrong / n + clip(1.2 - 6 * function) + clip((max(map(len, clauses)) - 30) / 20))
 
 
-def mask(text: str, told: SimpleNamespace, lex: SimpleNamespace) -> list[str]:
-    """Tokens with the story's own words made blank: a template with other nouns pasted in is the same template."""
-    known, items = told.said | told.scene, tokens(text)
-    pairs = [a + b in known for a, b in zip(items, items[1:])]  # Chinese; English words are looked up by themselves
-    blank = ["_" if a or b or stem(item) in known else item for item, a, b in zip(items, [0, *pairs], [*pairs, 0])]
-    return [item for item, previous in zip(blank, ["", *blank]) if (item, previous) != ("_", "_")]
+@functools.lru_cache(4096)
+def skeleton(text: str, language: str) -> frozenset:
+    """Three-grams of a sentence whose content words are blank: what is left of a formula that changes all its words."""
+    items = [lexicon(language).frames.get(item, "_") for item in tokens(text)]
+    items = [item for item, previous in zip(items, ["", *items]) if (item, previous) != ("_", "_")]
+    return frozenset(zip(items, items[1:], items[2:]))
 
 
 def read(reply: str, told: SimpleNamespace, earlier: list[str], lex: SimpleNamespace) -> list[Sentence]:
     """The reply's sentences, each measured for ground, soundness and freshness."""
-    (n_copy, n_own), parts, result = NGRAM[lex.language], sentences(reply), []
-    before = {gram for text in earlier for part in sentences(text) for gram in grams(mask(part, told, lex), n_own)}
+    n_copy, parts, result, lent = NGRAM[lex.language], sentences(reply.replace("您", "你")), [], 0.0
+    frames = [skeleton(part, lex.language) for text in earlier for part in sentences(text)]
     for part in parts:
-        items, own = tokens(part), units(part, lex)
+        items, own, frame = tokens(part), units(part, lex), skeleton(part, lex.language)
         s = Sentence(part.lower().replace("’", "'"), " ".join(s.text for s in result[-2:]), items, told)
-        shared = len(own & told.said) + 0.6 * len(own & told.scene - told.said)
-        s.ground = 1 - math.exp(-shared / GROUND[lex.language])
+        s.ground = 1 - math.exp(-(len(own & told.said) + 0.6 * len(own & told.scene)) / GROUND[lex.language])
         s.sound = 1 - malformed(part, items, lex, part is parts[-1] and re.search(r"\w$", part) is not None)
-        here = grams(mask(part, told, lex), n_own)
-        s.again = sum(gram in before for gram in here) / len(here) if here else float(part in " ".join(earlier))
-        before |= set(here)  # a reply that loops repeats itself too
+        alike = max((2 * len(frame & old) / (len(frame) + len(old)) for old in frames if frame), default=0.0)
+        s.again = clip((alike - 0.4) / 0.4) if frame else float(part in " ".join(earlier))
+        frames.append(frame)  # a reply that loops repeats itself too
         known = [k for k, gram in enumerate(copies(items, lex)) if gram in told.copied]
         s.copied = len({j for k in known for j in range(k, k + n_copy)}) / max(1, len(items))
         s.fresh = (1 - clip((s.again - 0.3) / 0.35)) * (1 - clip((s.copied - 0.4) / 0.4))
-        s.fresh *= clip(0.3 + len(items) / WHOLE[lex.language])
+        listed = sum(len(tokens(match.group())) for match in lex.cues["listing"].finditer(s.text)) / max(1, len(items))
+        s.fresh *= clip(0.3 + len(items) / WHOLE[lex.language]) * (1 - clip((listed - 0.3) / 0.3))
         result.append(s)
-    lent = 0.0
     for s, after in zip(result, [*(s.ground for s in result[1:]), 0.0]):  # "that" and "it" borrow their ground
         s.tied = max(s.ground, 0.7 * lent, 0.5 * after)
         lent = s.tied * s.sound * s.fresh
@@ -264,29 +258,35 @@ def measure(profile: Profile, mode: str, said: list[str], earlier: list[str], re
     f["repetition"] = clip((sum(s.again * len(s.items) for s in parts) / size - 0.3) / 0.35)
     f["parroting"] = clip((sum(s.copied * len(s.items) for s in parts) / size - 0.4) / 0.4)
     junk = len(re.findall(r"<[|/\w][^>]*>|\{\{|\\\\n|\ufffd|[^\w\s]{5,}|(.)\1{4,}", reply)) / 3
-    f["garbled"] = clip(2.4 * sum((1 - s.sound) * len(s.items) for s in parts) / size - 0.2 + junk) if parts else 0.0
+    f["garbled"] = clip(2.8 * sum((1 - s.sound) * len(s.items) for s in parts) / size - 0.2 + junk) if parts else 0.0
     chinese = cjk_share("".join(re.findall(r"\w", reply)))
     f["wrong_language"] = clip((chinese if profile.language == "en" else 0.7 - chinese) * 2.5) if parts else 0.0
     shortest, enough, fine, longest = LENGTHS[profile.language]
-    crowd = max((sum(row) for row in zip(*kinds)), default=0)  # kinds of moves in one sentence
+    crowd = max(map(sum, zip(*kinds)), default=0)  # kinds of moves in one sentence
     f["stuffing"] = clip(max((sum(map(any, kinds)) - 4.5 - size / fine) / 2, (crowd - 3.5) / 1.5))
     f["too_short"], f["too_long"] = clip((enough - size) / (enough - shortest)), clip((size - fine) / (longest - fine))
     f["cut"] = float(bool(parts) and re.search(r"\w\s*$", reply) is not None)
     f["ground"] = max((s.ground * s.sound * s.fresh for s in parts), default=0.0)
+    f["off_topic"] = clip(1 - 1.2 * max(f["ground"], *(f["raw_" + move] for move in MOVES if move != "reflection")))
     f["new"] = clip(len(units(reply, lex) - told.last) / NEW[profile.language])
     return f
 
 
 def score(f: dict[str, float], profile: Profile, mode: str) -> tuple[float, float]:
     """(change of emotion, -10..10; share of the hidden intention that was served, 0..1) of a reply's features."""
-    (_, share, unmet), (gain, cost) = MODES[mode], PERSONA[profile.persona_type]
+    (_, warmth, unmet), (gain, cost) = MODES[mode], PERSONA[profile.persona_type]
     weights = dict(zip((*MOVES, *FAULTS), WEIGHTS[profile.intention]))
     points = {move: weights[move] * f[move] for move in MOVES if weights[move] > 0}
-    core = sum(value for move, value in points.items() if weights[move] >= PRIMARY)
+    leads = [move for move in points if weights[move] >= PRIMARY and move != "reflection"]
+    own, other = max(f[move] for move in leads), max(f[move] for move in MOVES[3:] if move not in leads)
+    points["reflection"] *= 0.3 + 0.7 * clip(own / 0.5)
+    core = sum(points[move] for move in points if weights[move] >= PRIMARY)
+    core *= 1 - 0.8 * clip(1.4 * (other - own))  # done in passing while the reply is about something else
     gate = f["new"] * (1 - 0.7 * f["too_short"]) * (1 - f["too_long"])
     gate *= math.prod(1 - f[name] for name in ("repetition", "parroting", "garbled", "wrong_language", "stuffing"))
     served = clip(core / 6) * gate
-    earned = (core + (sum(points.values()) - core) * (share + (1 - share) * served)) * gate
+    beside = sum(points[move] for move in points if weights[move] < PRIMARY)
+    earned = (core + max(min(beside, warmth), beside * served)) * gate
     spent = unmet * (1 - served) + sum(points * f[fault] for fault, points in COSTS.items())
     spent += sum(max(0.0, -weights[move]) * f["raw_" + move] for move in MOVES) - sum(weights[x] * f[x] for x in FAULTS)
     good, bad = (10 - 10 * math.exp(-points / softness) for points, softness in zip((earned, spent), SOFTNESS))
@@ -332,7 +332,6 @@ def facts(profile: Profile) -> tuple[str, ...]:
 @dataclass
 class Session:
     """One dialogue: all it said and heard, and which sentences it has used up."""
-
     profile: Profile
     seed: int
     emotion: float
@@ -340,7 +339,7 @@ class Session:
     heard: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
 
-    def pick(self, pool: Sequence[str], slot: str) -> str:
+    def pick(self, pool: list[str] | tuple[str, ...], slot: str) -> str:
         """One of a pool, by a hash of (profile, seed, turn, slot), unused in this dialogue while any is."""
         fresh = [text for text in pool if text not in self.used] or pool
         number = hashlib.sha256(f"{self.profile.id}|{self.seed}|{len(self.said)}|{slot}".encode()).digest()
@@ -350,8 +349,9 @@ class Session:
 
 class OfflineUser:
     """A deterministic sentient user (protocol: simulator.User) that answers at the next poll; mode: a key of MODES."""
-
     def __init__(self, rules: EmotionRules, mode: str = "vanilla"):
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(MODES)}")
         self.rules, self.mode = rules, mode
         self.sessions, self.ready = {}, {}  # by key
 
@@ -367,7 +367,7 @@ class OfflineUser:
     def tell(self, key: Key, reply: str) -> None:
         s = self.sessions[key]
         appraisal = appraise(s.profile, self.mode, s.said, s.heard, reply)
-        s.emotion = self.rules.step(s.emotion, change := self.rules.change(appraisal.change))
+        s.emotion = round(self.rules.step(s.emotion, change := self.rules.change(appraisal.change)), 1)
         text, thinking = self.answer(s, reply, appraisal, ended := self.rules.ending(s.emotion))
         s.heard, s.said = [*s.heard, reply], [*s.said, text]
         self.ready[key] = UserTurn(text, s.emotion, appraisal, change, ended, thinking)

@@ -65,6 +65,23 @@ class Dialogue:
         return 0.0 if self.ended == "format" else self.emotion / 100
 
 
+def token_rewards(dialogue: Dialogue, credit: str) -> list[float]:
+    """The reward as a vector over the dialogue's sampled tokens, in order; its sum is `dialogue.reward`.
+
+    "final" puts all of it on the last sampled token (RLVER). "turn" puts each turn's change of emotion on that turn's
+    last token and what the dialogue began with on the very last. At gamma = 1 both have the same objective; the second
+    does not blame a reply for what happened before it.
+    """
+    rewards: list[float] = []
+    given, last = 0.0, dialogue.opening.emotion / 100
+    for turn in dialogue.turns:
+        now = turn.user.emotion / 100 if turn.user else last
+        rewards += [0.0] * (len(turn.sampled_ids) - 1) + [now - last if credit == "turn" else 0.0]
+        given, last = given + rewards[-1], now
+    rewards[-1] += dialogue.reward - given
+    return rewards
+
+
 @dataclass(frozen=True)
 class Talk:
     """How dialogues are held. `strict_format` ends a dialogue on a malformed think reply (training)."""

@@ -18,7 +18,7 @@ import ppo
 from config import Config
 from engine import hash_key
 from model import PackedAttention, Transformer, ValueHead, load_model, predictors, token_logprobs
-from rollout import Batch, Dialogue, pack, split, trajectories
+from rollout import Batch, Dialogue, pack, split, token_rewards, trajectories
 from simulator import Key
 
 
@@ -111,10 +111,10 @@ class Piece:
 
 
 @torch.no_grad()
-def prepare(state: State, config: Config, pieces: list[Piece], rewards: dict[Key, float], banned: Tensor) -> dict[str, float]:
+def prepare(state: State, config: Config, pieces: list[Piece], rewards: dict[Key, Tensor], banned: Tensor) -> dict[str, float]:
     """Fill the pieces: old values and log-probabilities, then advantages and returns. Returns the metrics of that.
 
-    Everything is joined by dialogue: the trained tokens of all its trajectories, in order, are one vector.
+    `rewards` has a vector per dialogue, over its trained tokens. Everything is joined by dialogue: the trained tokens of all its trajectories, in order, are one vector.
     """
     several = config.minibatches * config.epochs > 1
     for piece in pieces:
@@ -131,7 +131,7 @@ def prepare(state: State, config: Config, pieces: list[Piece], rewards: dict[Key
         penalty = by_dialogue(pieces, [config.kl_coef * (piece.old_logp - piece.reference_logp) for piece in pieces])
     metrics = {}
     if config.algorithm == "grpo":
-        total = {key: reward - float(penalty[key].sum() if penalty else 0.0) for key, reward in rewards.items()}
+        total = {key: float(reward_N.sum() - (penalty[key].sum() if penalty else 0.0)) for key, reward_N in rewards.items()}
         advantage, metrics["group/zero_spread"] = grpo.group_advantages(total, config.scale_advantage)
         for piece in pieces:
             piece.advantage = torch.cat([torch.full((n,), advantage[key]) for key, n in zip(piece.batch.keys, piece.batch.trained)]).to(banned.device)
@@ -139,9 +139,8 @@ def prepare(state: State, config: Config, pieces: list[Piece], rewards: dict[Key
     value = by_dialogue(pieces, [piece.old_value for piece in pieces])
     advantage, returns = {}, {}
     for key, value_N in value.items():
-        reward_N = -penalty[key] if penalty else torch.zeros_like(value_N)
-        reward_N[-1] += rewards[key]
-        advantage[key], returns[key] = ppo.gae(reward_N.cpu(), value_N.cpu(), config.gamma, config.lam)
+        reward_N = rewards[key] - penalty[key].cpu() if penalty else rewards[key]
+        advantage[key], returns[key] = ppo.gae(reward_N, value_N.cpu(), config.gamma, config.lam)
     if config.scale_advantage:
         keys = sorted(advantage)
         white = ppo.whiten(torch.cat([advantage[key] for key in keys])).split([len(advantage[key]) for key in keys])
@@ -213,13 +212,14 @@ def learn(state: State, config: Config, pieces: list[Piece], banned: Tensor) -> 
 def update(state: State, config: Config, dialogues: list[Dialogue], banned: Tensor) -> dict[str, float]:
     """All optimiser steps of one iteration on its dialogues. Returns the metrics, means over the optimiser steps."""
     device = banned.device
-    rewards = {dialogue.key: dialogue.reward for dialogue in dialogues if dialogue.completed and dialogue.turns}
+    good = [dialogue for dialogue in dialogues if dialogue.completed and dialogue.turns]
     if config.algorithm == "grpo":
-        kept = grpo.group_advantages(rewards, config.scale_advantage)[0]
-        rewards = {key: reward for key, reward in rewards.items() if key in kept}
-    if not rewards:
+        kept = grpo.group_advantages({dialogue.key: dialogue.reward for dialogue in good}, config.scale_advantage)[0]
+        good = [dialogue for dialogue in good if dialogue.key in kept]
+    if not good:
         return {"skipped": 1.0}
-    items = {dialogue.key: trajectories(dialogue, config.think) for dialogue in dialogues if dialogue.key in rewards}
+    rewards = {dialogue.key: torch.tensor(token_rewards(dialogue, config.credit)) for dialogue in good}
+    items = {dialogue.key: trajectories(dialogue, config.think) for dialogue in good}
     # Mini-batches take whole dialogues, dealt out in a shuffled order of their own.
     order = sorted(items, key=lambda key: hash_key(config.seed, state.step, *key))
     minibatches = []

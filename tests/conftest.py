@@ -116,8 +116,10 @@ def make_talk(**changes) -> Talk:
     return Talk(**{**values, **changes})
 
 
-def make_engine(chat, model=None, letters="abcd efg", slots=4, capacity=512, temperature=1.0, value_head=None) -> Engine:
-    """An engine of a tiny model; with `letters` it says nothing else, so that <|im_end|> comes up within a few tokens."""
+def make_engine(
+    chat, model=None, letters="abcd efg", slots=4, capacity=512, temperature=1.0, value_head=None
+) -> Engine:
+    """An engine of a tiny model; with `letters` it says nothing else, and <|im_end|> comes up within a few tokens."""
     banned = banned_ids(chat.tokenizer, 264, (chat.end,))
     if letters:
         banned[:] = True

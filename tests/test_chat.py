@@ -50,8 +50,8 @@ def halves(ranks: dict[bytes, int], word: bytes) -> list[bytes]:
 
 
 @cache
-def qwen(version: str):
-    """Qwen2.5's or Qwen3's tokenizer, built from the published ranks."""
+def qwen_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Qwen's vocabulary and merges, from the published ranks."""
     package = Path(importlib.util.find_spec("dashscope").origin).parent
     lines = (package / "resources" / "qwen.tiktoken").read_text().splitlines()
     ranks = {base64.b64decode(word): int(rank) for word, rank in map(str.split, lines)}
@@ -60,7 +60,14 @@ def qwen(version: str):
     letter = {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
     name = {word: "".join(letter[byte] for byte in word) for word in ranks}
     merges = [tuple(name[half] for half in halves(ranks, word)) for word in ranks if len(word) > 1]
-    core = Tokenizer(models.BPE(vocab={name[word]: rank for word, rank in ranks.items()}, merges=merges))
+    return {name[word]: rank for word, rank in ranks.items()}, merges
+
+
+@cache
+def qwen(version: str):
+    """Qwen2.5's or Qwen3's tokenizer."""
+    vocab, merges = qwen_bpe()
+    core = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     core.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated")
     core.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
@@ -187,7 +194,7 @@ def test_a_tokenizer_without_chatml_tokens_is_refused(tokens):
     assert "\n" not in str(caught.value)
 
 
-LITERALS = ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<think>", "</think>", "\n", "\n\n", " ", "user", "assistant"]
+LITERALS = ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<think>", "</think>", "\n", "\n\n", " ", "user"]
 any_text = st.lists(st.one_of(st.sampled_from(LITERALS), st.text(max_size=8)), max_size=6).map("".join)
 every_property = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -231,7 +238,8 @@ def test_any_text_is_rendered_as_by_the_chat_template(name, user, later):
 
 # ---- reading
 
-NO_OPEN, OPEN_ONLY, EMPTY = "no <think> at the start", "thought not closed", "no reply behind the thought"
+NO_OPEN, NO_CLOSE, NONE = "no <think> at the start", "thought not closed", "no thought"
+EMPTY = "no reply behind the thought"
 MORE, MERGED = "more than one think tag", "text in the token that closes the thought"
 READINGS = [  # sampled text, what the user sees, violation
     ("<think>\nhm\n</think>\n\nHi there.", "Hi there.", ""),
@@ -239,14 +247,15 @@ READINGS = [  # sampled text, what the user sees, violation
     ("<think></think>\nHi", "Hi", ""),
     ("<think>想一想</think>\n你好😔", "你好😔", ""),
     ("<think>a > b </thin </think>\n\n> quoted", "> quoted", ""),
-    ("<think>hm", "", OPEN_ONLY),
-    ("<think>hm</think", "", OPEN_ONLY),
+    ("<think>hm", "", NO_CLOSE),
+    ("<think>hm</think", "", NO_CLOSE),
     ("<think>hm</think>", "", EMPTY),
     ("<think>hm</think>\n\n \n", "", EMPTY),
     ("hm</think>\nHi", "Hi", NO_OPEN),
     ("Well <think>hm</think>\nHi", "Hi", NO_OPEN),
-    ("Hi there.", "", NO_OPEN),
-    ("", "", NO_OPEN),
+    ("Well <think>hm", "", NO_CLOSE),
+    ("Hi there.", "", NONE),
+    ("", "", NONE),
     ("<think>a<think>b</think>\nHi", "Hi", MORE),
     ("<think>a</think>\nHi</think>", "Hi</think>", MORE),
     ("<think>a</think>\nHi <think>b</think> you", "Hi <think>b</think> you", MORE),
@@ -254,8 +263,9 @@ READINGS = [  # sampled text, what the user sees, violation
 
 
 def sampled(tokenizer, text, end=True):
-    """Ids as a policy would sample them: think tags may be single ids, `>` may be merged with what follows."""
-    return tokenizer.encode(text, add_special_tokens=False) + end * [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    """Ids as a policy would sample them: think tags may be single ids, `>` may be merged, nothing else is special."""
+    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    return ids + end * [tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
 @pytest.mark.parametrize("end", [True, False])

@@ -38,14 +38,18 @@ def test_every_shape_is_a_model_we_can_compute(path):
 
 
 def test_options_override_the_file_and_keep_their_types():
-    config = load_config([str(ROOT / "configs/tiny.py"), "lr=2e-5", "--seed=7", "think=yes", "run=somewhere", "steps=3", "system=a=b"])
+    config = load_config(
+        [str(ROOT / "configs/tiny.py"), "lr=2e-5", "--seed=7", "think=yes", "run=somewhere", "steps=3", "system=a=b"]
+    )
     assert (config.lr, config.seed, config.think, config.run, config.steps) == (2e-5, 7, True, "somewhere", 3)
     assert config.system == "a=b", "only the first = separates"
     assert config.tokenizer == "bytes", "what the file sets and nobody overrides stays"
     assert load_config([]).run == "runs/default"
 
 
-@pytest.mark.parametrize("text, value", [("true", True), ("1", True), ("Yes", True), ("false", False), ("0", False), ("NO", False)])
+@pytest.mark.parametrize(
+    "text, value", [("true", True), ("1", True), ("Yes", True), ("false", False), ("0", False), ("NO", False)]
+)
 def test_truth_values(text, value):
     assert apply(Config(), {"think": text}).think is value
 
@@ -103,7 +107,17 @@ def test_nan_is_no_number(key):
 
 
 def test_the_limits_themselves_are_allowed():
-    load_config(["algorithm=grpo", "group_size=2", "gamma=0", "lam=1", "start_emotion=10", "eval_start_emotion=99", "save_every=0"])
+    load_config(
+        [
+            "algorithm=grpo",
+            "group_size=2",
+            "gamma=0",
+            "lam=1",
+            "start_emotion=10",
+            "eval_start_emotion=99",
+            "save_every=0",
+        ]
+    )
     load_config(["groups=1", "group_size=1", "minibatches=1", "reply_tokens=511", "context_tokens=512"])
 
 
@@ -119,6 +133,17 @@ def test_the_limits_themselves_are_allowed():
         ("import no_such_module_of_ours\n", ["no_such_module_of_ours"]),
         ("from config import Config\nconfig = Config(steps=1 // 0)\n", ["ZeroDivisionError"]),
         ("settings = 3\n", ["config = Config"]),
+    ],
+    ids=[
+        "unknown key",
+        "text",
+        "float",
+        "whole number as truth",
+        "syntax",
+        "name",
+        "import",
+        "division by zero",
+        "nothing",
     ],
 )
 def test_a_wrong_config_file_is_one_line_too(tmp_path, text, fragments):

@@ -10,6 +10,7 @@ import engine as engine_module
 from engine import Decode, Engine, KVCache, Prefill, hash_key, inverse_cdf, uniform
 from model import ValueHead, predictors, token_logprobs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CLOSE = dict(rtol=0, atol=1e-4)
 FAMILIES = ["qwen2", "qwen3", "llama"]
 BANNED = torch.zeros(264, dtype=torch.bool)
@@ -17,7 +18,7 @@ BANNED[[*range(0, 60, 3), *range(257, 264)]] = True
 STOP = 256
 
 
-def make_engine(model, slots=4, capacity=128, temperature=1.0, stop=(STOP,), banned=BANNED, **options):
+def engine_of(model, slots=4, capacity=128, temperature=1.0, stop=(STOP,), banned=BANNED, **options):
     return Engine(model, banned, stop, slots, capacity, temperature, **options)
 
 
@@ -37,7 +38,7 @@ def ask(engine, prompts, cap=12):
 
 
 def alone(model, prompt, cap=12, **options):
-    return ask(make_engine(model, slots=1, **options), {0: prompt}, cap)[0]
+    return ask(engine_of(model, slots=1, **options), {0: prompt}, cap)[0]
 
 
 def assert_same(row, other):
@@ -98,7 +99,7 @@ def test_ragged_prefill_and_ragged_decode_equal_each_row_alone(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_second_turn_appended_equals_recomputed_and_costs_only_what_is_new(family):
     model = tiny_model(family)
-    engine = make_engine(model)
+    engine = engine_of(model)
     first = ask(engine, {1: random_ids(20), 2: random_ids(33, seed=1)})
     prompts = {slot: [*row.prompt, *row.sampled, *random_ids(6, seed=slot)] for slot, row in first.items()}
     before = engine.tokens_prefilled
@@ -109,7 +110,7 @@ def test_second_turn_appended_equals_recomputed_and_costs_only_what_is_new(famil
 
 
 def test_the_same_prompt_again_prefills_one_token_and_says_the_same():
-    engine, prompt = make_engine(tiny_model()), random_ids(20)
+    engine, prompt = engine_of(tiny_model()), random_ids(20)
     first = ask(engine, {0: prompt})[0]
     assert_same(ask(engine, {0: prompt})[0], first)
     assert engine.tokens_prefilled == 21
@@ -117,7 +118,7 @@ def test_the_same_prompt_again_prefills_one_token_and_says_the_same():
 
 def test_slot_reuse_leaves_no_trace():
     model = tiny_model()
-    engine = make_engine(model, slots=2)
+    engine = engine_of(model, slots=2)
     ask(engine, {0: random_ids(60, seed=1), 1: random_ids(50, seed=2)}, cap=30)
     for length in (30, 70):  # shorter and longer than what the slot held
         prompts = {0: random_ids(length, seed=3), 1: random_ids(90 - length, seed=4)}
@@ -129,7 +130,7 @@ def test_slot_reuse_leaves_no_trace():
 def test_cut_back_leaves_no_trace():
     """Think mode: the next prompt keeps the header, drops the thought and goes on with the reply's ids alone."""
     model = tiny_model()
-    engine = make_engine(model)
+    engine = engine_of(model)
     row = ask(engine, {0: random_ids(20), 1: random_ids(50, seed=1)})[0]
     thought, reply = row.sampled[:8], row.sampled[8:]
     assert len(thought) == 8 and reply
@@ -139,7 +140,7 @@ def test_cut_back_leaves_no_trace():
 
 
 def test_forget_drops_what_the_old_weights_made():
-    engine, prompt = make_engine(tiny_model(seed=1)), random_ids(20)
+    engine, prompt = engine_of(tiny_model(seed=1)), random_ids(20)
     ask(engine, {0: prompt})
     engine.submit(1, prompt, (0,), 5)
     engine.model.load_state_dict(tiny_model(seed=2).state_dict())
@@ -151,7 +152,7 @@ def test_forget_drops_what_the_old_weights_made():
 def test_what_was_not_finite_leaves_no_trace():
     """One bad step is skipped and the run goes on: the NaN it left in a slot must not spoil later batches."""
     model = tiny_model()
-    engine, prompts = make_engine(model), {0: random_ids(10), 1: random_ids(30, seed=1)}
+    engine, prompts = engine_of(model), {0: random_ids(10), 1: random_ids(30, seed=1)}
     weight = model.model.embed_tokens.weight
     before = weight.detach().clone()
     with torch.no_grad():
@@ -171,7 +172,7 @@ def test_what_was_not_finite_leaves_no_trace():
 def test_more_rows_than_one_prefill_batch_equal_each_row_alone(prefill_tokens):
     model = tiny_model()
     prompts = {slot: random_ids(12 + 9 * slot, seed=slot) for slot in range(4)}
-    rows = ask(make_engine(model, prefill_tokens=prefill_tokens), prompts)
+    rows = ask(engine_of(model, prefill_tokens=prefill_tokens), prompts)
     for slot, prompt in prompts.items():
         assert_same(rows[slot], alone(model, prompt))
 
@@ -185,7 +186,7 @@ def test_more_rows_than_one_prefill_batch_equal_each_row_alone(prefill_tokens):
 def test_sampled_log_probs_and_values_equal_those_of_training(family, temperature):
     model, head = tiny_model(family), ValueHead(64, start=0.5)
     head.weight.normal_(generator=torch.Generator().manual_seed(5))
-    engine = make_engine(model, temperature=temperature, value_head=head)
+    engine = engine_of(model, temperature=temperature, value_head=head)
     rows = list(ask(engine, {slot: random_ids(10 + 7 * slot, seed=slot) for slot in range(4)}, cap=20).values())
     documents = [row.prompt + row.sampled for row in rows]
     mask = torch.tensor([int(i >= len(row.prompt)) for row, ids in zip(rows, documents) for i in range(len(ids))])
@@ -213,7 +214,7 @@ def test_greedy_takes_the_likeliest_id_that_is_not_banned():
 
 def test_logits_that_are_not_finite_raise():
     model = tiny_model()
-    engine = make_engine(model)
+    engine = engine_of(model)
     with torch.no_grad():
         model.model.embed_tokens.weight[9] = math.nan
     engine.submit(0, [1, 2, 3], (0,), 5)
@@ -232,14 +233,14 @@ def test_the_same_key_samples_the_same_ids_alone_in_any_batch_and_any_row_order(
     single = [alone(model, prompt) for prompt in prompts]
     assert len({tuple(row.sampled) for row in single}) == 4
     for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2, 3]):
-        rows = ask(make_engine(model), {slot: prompts[i] for slot, i in enumerate(order)})
+        rows = ask(engine_of(model), {slot: prompts[i] for slot, i in enumerate(order)})
         for slot, i in enumerate(order):
             assert_same(rows[slot], single[i])
 
 
 def test_a_row_that_joins_late_changes_nothing_and_waits_for_nobody():
     model, first, late = tiny_model(), random_ids(10), random_ids(30, seed=1)
-    engine = make_engine(model)
+    engine = engine_of(model)
     engine.submit(2, first, (7, *first[:2]), 12)
     for _ in range(4):
         assert engine.step() == []
@@ -251,7 +252,7 @@ def test_a_row_that_joins_late_changes_nothing_and_waits_for_nobody():
 
 
 def test_other_keys_sample_other_ids():
-    engine, prompt = make_engine(tiny_model()), random_ids(10)
+    engine, prompt = engine_of(tiny_model()), random_ids(10)
     for slot in range(4):
         engine.submit(slot, prompt, (7, slot), 12)
     assert len({tuple(row.sampled) for row in finish(engine).values()}) == 4
@@ -264,7 +265,8 @@ def test_hashed_uniforms_lie_in_the_open_interval_and_differ_by_key():
     draws = [uniform(*key) for key in keys]
     assert len(set(draws)) == len(keys) and all(0 < u < 1 for u in draws)
     counts = torch.histc(torch.tensor(draws), bins=10, min=0, max=1)
-    assert ((counts - len(keys) / 10) ** 2 / (len(keys) / 10)).sum() < 28  # chi-square, 9 degrees: 0.1 % lie above
+    chi_square = ((counts - len(keys) / 10) ** 2 / (len(keys) / 10)).sum()
+    assert chi_square < 28  # 9 degrees of freedom: 0.1 % lie above
 
 
 @pytest.mark.parametrize("bits", [0, (1 << 64) - 1])
@@ -281,11 +283,13 @@ def test_hash_is_fixed_for_ever():
 def test_inverse_cdf_reproduces_a_distribution():
     logits = torch.tensor([-math.inf, 1.0, 0.0, -math.inf, 2.0, -3.0, 0.5, 0.5, -1.0, -math.inf])
     draws = 20_000
-    choice = inverse_cdf(logits.expand(draws, -1), torch.tensor([uniform(1, i) for i in range(draws)], dtype=torch.float64))
+    noise = torch.tensor([uniform(1, i) for i in range(draws)], dtype=torch.float64)
+    choice = inverse_cdf(logits.expand(draws, -1), noise)
     counts, expected = torch.bincount(choice, minlength=10), logits.softmax(-1) * draws
     allowed = expected > 0
     assert counts[~allowed].sum() == 0
-    assert ((counts - expected)[allowed] ** 2 / expected[allowed]).sum() < 22.5  # chi-square, 6 degrees: 0.1 % lie above
+    chi_square = ((counts - expected)[allowed] ** 2 / expected[allowed]).sum()
+    assert chi_square < 22.5  # 6 degrees of freedom: 0.1 % lie above
 
 
 def test_inverse_cdf_never_gives_a_banned_id_at_the_ends():
@@ -324,7 +328,7 @@ def test_turns_end_by_eos_cap_or_context_with_exact_counts():
 
 
 def test_rows_end_each_in_its_own_time_in_slot_order():
-    engine = make_engine(tiny_model(), stop=())
+    engine = engine_of(tiny_model(), stop=())
     for slot, cap in ((3, 2), (1, 2), (0, 4), (2, 1)):
         engine.submit(slot, random_ids(5, seed=slot), (slot,), cap)
     ended = []
@@ -335,7 +339,7 @@ def test_rows_end_each_in_its_own_time_in_slot_order():
 
 
 def test_a_prompt_without_room_is_refused():
-    engine = make_engine(tiny_model(), capacity=20)
+    engine = engine_of(tiny_model(), capacity=20)
     for length in (20, 21):
         with pytest.raises(ValueError, match="no room"):
             engine.submit(0, random_ids(length), (0,), 5)

@@ -78,7 +78,8 @@ def test_dialogues_with_unequal_turns_get_the_same_baseline_in_both_sample_layou
     items = [item for key, turns in TURNS.items() for item in layout(key, turns, think)]
     pieces = [Piece(pack(part)) for part in split(items, micro_tokens)]
     config = Config(algorithm="grpo", scale_advantage=scale, think=think)
-    metrics = prepare(State(None, None, None, None, []), config, pieces, REWARDS, torch.zeros(1, dtype=torch.bool))
+    rewards = {key: torch.full((sum(turns),), REWARDS[key] / sum(turns)) for key, turns in TURNS.items()}  # by token
+    metrics = prepare(State(None, None, None, None, []), config, pieces, rewards, torch.zeros(1, dtype=torch.bool))
     distance = {0: 0.4, 1: 0.25}  # of either member from its group's mean, which is the spread too
     expected = []
     for key, turns in TURNS.items():

@@ -268,6 +268,75 @@ def test_the_wrong_need_earns_nothing(language, story, intention, reply):
             assert change(language, story, theirs, reply) <= 0
 
 
+EMOTIONAL, RATIONAL = ("listening", "empathy"), ("analysis", "advice", "motives")
+UNLIKE = {*((a, b) for a in EMOTIONAL for b in RATIONAL), *((a, b) for a in RATIONAL for b in ("praise", *EMOTIONAL)),
+          ("praise", "analysis"), ("praise", "motives"), ("praise", "growth"), ("agreement", "praise"),
+          ("agreement", "growth"), ("growth", "agreement"), ("growth", "praise"), ("empathy", "praise")}
+
+
+@pytest.mark.parametrize("language, story, intention, reply", GOOD)
+def test_a_wrong_need_leaves_a_little_warmth_at_most(language, story, intention, reply):
+    for theirs in (b for a, b in UNLIKE if a == intention):
+        assert change(language, story, theirs, reply) <= 3.2
+        assert change(language, story, theirs, reply) < change(language, story, intention, reply) - 1.5
+
+
+FORMULAS = [
+    "You feel so hurt and sad and angry and lonely and betrayed about the rolls and the oven and the market and Dana.",
+    "You must feel sad and tired and alone with the oven, the newspaper and the rolls in the kitchen.",
+    "Perhaps Dana was afraid. Perhaps the newspaper was afraid.", "Maybe Dana was jealous. Maybe Father was tired.",
+    "Ask Dana tomorrow. Ask the newspaper tonight.", "Tell Dana today. Write to the newspaper tomorrow.",
+    "Dana told the newspaper it had been her idea and your name wasn't in the article, and you feel hurt.",
+    "你对面、记者、镜头、小岚和冷库都很难过很委屈很生气很孤单很累。", "也许小岚怕了。也许记者怕了。", "明天问小岚。今晚问记者。",
+    "小岚跟记者说主意是她想的，片子里你一个镜头都没有，你一定很难过。",
+]
+
+
+@pytest.mark.parametrize("intention", WEIGHTS)
+@pytest.mark.parametrize("reply", FORMULAS)
+def test_nouns_pasted_into_a_formula_earn_nothing(reply, intention):
+    assert change("en" if reply.isascii() else "zh", "bakery", intention, reply) <= 0
+
+
+SKELETONS = [
+    ["You baked the rolls and it must hurt.", "You told Dana the truth and it must sting.",
+     "You read the newspaper and it must ache.", "You saved the market and it must be painful."],
+    ["It sounds like the article left you feeling sad and invisible in that kitchen.",
+     "It seems like Dana left you feeling angry and unseen at that market."],
+    ["你守着那个冷库，心里一定很委屈。", "你看着那个镜头，心里一定很难过。", "你记着那个庙会，心里一定很失落。"],
+]
+
+
+@pytest.mark.parametrize("intention", WEIGHTS)
+@pytest.mark.parametrize("replies", SKELETONS)
+def test_the_skeleton_of_an_earlier_reply_earns_nothing(replies, intention):
+    language = "en" if replies[0].isascii() else "zh"
+    for turn in range(1, len(replies)):
+        assert change(language, "bakery", intention, replies[turn], earlier=replies[:turn]) <= 0
+
+
+@pytest.mark.parametrize("intention", WEIGHTS)
+def test_kind_and_specific_beats_general_beats_garbled(intention):
+    kind = "You baked two hundred rolls all night and Dana took the credit. That must hurt, and you must feel so alone."
+    general = "Thank you for telling me. There are many ways to think about what happened to you."
+    garbled = "Bastille de universe, rolls to of carefully Dana was the a bespoke gnarx signal kitchen vent."
+    cut = kind + " When your father said that family should not"
+    worth = [change("en", "bakery", intention, reply) for reply in (kind, general, garbled, cut)]
+    assert worth[0] > worth[1] + 1.5 and worth[1] > worth[2] + 1.5 and abs(worth[3] - worth[0]) < 1.5
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match="vanilla"):
+        OfflineUser(EmotionRules(), "kind")
+
+
+def test_emotions_and_changes_have_one_decimal():
+    for turns in play(OfflineUser(EmotionRules(start=60)), [(0, 0)], [row[3] for row in GOOD[:6]],
+                      [((0, 0), i) for i in range(6)]).values():
+        assert all(turn.emotion == round(turn.emotion, 1) and turn.change in (None, round(turn.change or 0, 1))
+                   for turn in turns)
+
+
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_shuffled_good_replies_lose_on_average(language):
     rng, changes = random.Random(0), []

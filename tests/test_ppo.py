@@ -73,7 +73,7 @@ def test_whitening_gives_zero_mean_and_unit_variance_and_keeps_the_order(numbers
     spread = math.sqrt(sum((v - sum(numbers) / len(numbers)) ** 2 for v in numbers) / len(numbers))
     if spread > 1e-3:
         assert float(white.pow(2).mean()) == pytest.approx(1, abs=1e-4)
-        assert torch.equal(white.argsort(stable=True), x.argsort(stable=True))
+        assert (white[x.argsort()].diff() >= 0).all()
     else:
         assert float(white.abs().max()) <= 40**0.5
 

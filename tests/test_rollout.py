@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import engine as engine_module
 from config import Config
 from model import ValueHead
-from rollout import Trajectory, log_line, pack, run_dialogues, split, trajectories
+from rollout import Trajectory, log_line, pack, run_dialogues, split, token_rewards, trajectories
 from simulator import EmotionRules, Failed, UserTurn
 from update import State, forward
 
@@ -58,12 +58,13 @@ def contents(dialogue):
 
 
 @pytest.mark.parametrize("slots", [2, 9])
-def test_dialogue_i_always_meets_user_i_whoever_ends_first(chat, slots):
+def test_dialogue_i_always_meets_user_i_whoever_ends_first(chat, monkeypatch, slots):
     last_turn = {(g, m): 4 - (2 * g + m) % 4 for g in range(3) for m in range(3)}
     user = ScriptedUser(lambda key, turn, reply: 100 if turn == last_turn[key] else 1 + key[0] + key[1] / 10, FREE,
                         delay=lambda key, turn: (5 * key[0] + 3 * key[1] + turn) % 4)
     jobs, ended = make_jobs(3, 3), []
-    engine, talk = make_engine(chat, slots=slots), make_talk(max_turns=5)
+    engine = recite(monkeypatch, chat, lambda group, member, turn: f"{group}{member} {turn}", slots=slots)
+    talk = make_talk(max_turns=5)
     dialogues = run_dialogues(jobs[::-1], engine, chat, user, talk, (1,), lambda dialogue: ended.append(dialogue.key))
     assert [dialogue.key for dialogue in dialogues] == [job.key for job in jobs] == sorted(ended) != ended
     for job, dialogue in zip(jobs, dialogues):
@@ -72,7 +73,8 @@ def test_dialogue_i_always_meets_user_i_whoever_ends_first(chat, slots):
         assert name in dialogue.opening.text
         answers = [f"{name} says {n + 1}" for n in range(last_turn[job.key])]
         assert [turn.user.text for turn in dialogue.turns] == answers
-        assert user.heard[job.key] == [turn.reply.text for turn in dialogue.turns]
+        told = [f"{job.key[0]}{job.key[1]} {n + 1}" for n in range(last_turn[job.key])]
+        assert user.heard[job.key] == told == [turn.reply.text for turn in dialogue.turns]
         shown = chat.decode(dialogue.turns[-1].prompt_ids)
         assert name in shown and not any(other.profile.id in shown for other in jobs if other is not job)
 
@@ -209,6 +211,18 @@ def test_a_turn_needs_room_for_one_token_and_one_cut_by_the_context_is_still_sho
             assert dialogue.turns[-1].reply.text == "hello"[:room]
 
 
+@pytest.mark.parametrize("ended", ["max_turns", "format"])
+def test_the_reward_sits_on_the_last_sampled_token_or_each_change_on_its_turns_last(chat, ended):
+    [dialogue] = hold(chat, make_jobs(1, 1), ScriptedUser(lambda key, turn, reply: (5, -9, 8)[turn - 1]))
+    dialogue.ended, lengths = ended, [len(turn.sampled_ids) for turn in dialogue.turns]
+    reward = 0.34 if ended == "max_turns" else 0.0
+    assert dialogue.reward == reward and len(set(lengths)) > 1
+    changes = [0.05, -0.09, reward - (0.05 - 0.09)]  # the last with what the dialogue began with: the sum is the reward
+    for credit, last in (("final", [0, 0, reward]), ("turn", changes)):
+        expected = [x for length, amount in zip(lengths, last) for x in [0.0] * (length - 1) + [amount]]
+        assert token_rewards(dialogue, credit) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("appraise_last", [True, False])
 def test_the_turn_limit_is_exact(chat, appraise_last):
     user = ScriptedUser()
@@ -265,21 +279,40 @@ def test_the_same_dialogue_has_the_same_ids_alone_in_any_batch_and_with_any_numb
         assert contents(alone) == contents(dialogue) and alone.seed == dialogue.seed
         for a, b in zip(alone.turns, dialogue.turns):
             assert a.logps == pytest.approx(b.logps, abs=1e-4)
-    sampled = {tuple(turn.sampled_ids) for dialogue in together for turn in dialogue.turns}
-    assert len(sampled) == 18  # every turn has noise of its own
     assert contents(hold(chat, jobs[:1], seed=(7, 1), letters=None)[0]) != contents(together[0])
 
 
-def test_answers_ready_together_are_admitted_in_key_order(chat, monkeypatch):
+def test_answers_ready_together_are_admitted_in_key_order_and_every_turn_has_noise_of_its_own(chat, monkeypatch):
     class Backwards(ScriptedUser):
         def poll(self, timeout):
             return super().poll(timeout)[::-1]
 
     engine, submitted = make_engine(chat, slots=6), []
     submit = engine.submit
-    monkeypatch.setattr(engine, "submit", lambda *args: (submitted.append(args[2][-4:-2]), submit(*args)))
+    monkeypatch.setattr(engine, "submit", lambda *args: (submitted.append(args[2]), submit(*args)))
     run_dialogues(make_jobs(3, 2), engine, chat, Backwards(), make_talk(), (5,))
-    assert submitted[:6] == [job.key for job in make_jobs(3, 2)]
+    assert [noise[-4:-2] for noise in submitted[:6]] == [job.key for job in make_jobs(3, 2)]
+    assert len(set(submitted)) == len(submitted) == 18  # every turn has noise of its own
+
+
+def test_answers_to_an_abandoned_rollout_are_not_taken_for_answers_to_the_next(chat, monkeypatch):
+    """Logits that are not finite end a rollout while users still think; training goes on with the next step."""
+    user, engine, steps = ScriptedUser(delay=lambda key, turn: 6 * key[1]), make_engine(chat, slots=2), iter(range(99))
+    step, talk = engine.step, make_talk()
+
+    def fails():
+        if next(steps) > 7 and any(key[1] for _, key, _ in user.queue):
+            raise FloatingPointError
+        return step()
+
+    monkeypatch.setattr(engine, "step", fails)
+    with pytest.raises(FloatingPointError):
+        run_dialogues(make_jobs(2, 2), engine, chat, user, talk, (1,))
+    monkeypatch.setattr(engine, "step", step)
+    engine.forget()
+    for dialogue in run_dialogues(make_jobs(2, 2), engine, chat, user, talk, (2,)):
+        assert dialogue.opening.text == dialogue.profile.first_talk
+        assert [turn.user.text for turn in dialogue.turns] == [f"{dialogue.profile.id} says {n}" for n in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("think, temperature", [(False, 1.0), (False, 0.7), (True, 1.0)])

@@ -19,7 +19,10 @@ OURS = {"en_train": 48, "en_test": 24, "zh_train": 16, "zh_test": 8}
 def written(tmp_path, *rows):
     """A profile file of these rows: dicts as JSON, strings as they are."""
     path = tmp_path / "people.jsonl"
-    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
+    path.write_text(
+        "\n".join(row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows) + "\n",
+        encoding="utf-8",
+    )
     return path
 
 
@@ -49,7 +52,14 @@ def test_persona_types_in_chinese_and_english(tmp_path, canonical, labels):
     assert {load_one(tmp_path, main_cha=label).persona_type for label in (canonical, *labels)} == {canonical}
 
 
-@pytest.mark.parametrize("scene, language", [("我的烤箱坏了。", "zh"), ("My oven broke.", "en"), ("My WeChat name is 面包, that is all there is to say.", "en")])
+@pytest.mark.parametrize(
+    "scene, language",
+    [
+        ("我的烤箱坏了。", "zh"),
+        ("My oven broke.", "en"),
+        ("My WeChat name is 面包, that is all there is to say.", "en"),
+    ],
+)
 def test_language_by_the_share_of_chinese_characters(tmp_path, scene, language):
     assert load_one(tmp_path, player=scene, scene=scene).language == language
 
@@ -108,7 +118,16 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path):
 
 # PAPER.md, section 4: how often each intention and persona type occurs in the released profiles, test and train.
 RELEASED = {
-    "intention": dict(praise=(13, 57), listening=(12, 63), empathy=(13, 64), agreement=(11, 66), analysis=(12, 66), advice=(15, 58), motives=(11, 60), growth=(13, 66)),
+    "intention": dict(
+        praise=(13, 57),
+        listening=(12, 63),
+        empathy=(13, 64),
+        agreement=(11, 66),
+        analysis=(12, 66),
+        advice=(15, 58),
+        motives=(11, 60),
+        growth=(13, 66),
+    ),
     "persona_type": dict(negative=(41, 183), passive=(34, 174), avoidant=(25, 143)),
 }
 
@@ -189,7 +208,9 @@ def test_our_profiles_are_complete(name, count):
     assert {intention for intention, _ in pairs} == set(INTENTIONS), "every intention in every set"
     assert max(pairs.values()) - min(pairs.values()) <= 1 or name.startswith("zh"), "balanced"
     assert all(p.traits and p.topic for p in profiles)
-    assert all((p.first_talk is not None) == name.endswith("test") for p in profiles), "a fixed opening in the test sets"
+    assert all((p.first_talk is not None) == name.endswith("test") for p in profiles), (
+        "a fixed opening in the test sets"
+    )
 
 
 @pytest.mark.parametrize("name", OURS)

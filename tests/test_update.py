@@ -14,7 +14,7 @@ import ppo
 import update as update_module
 from chat import load_tokenizer, make_chat
 from config import Config
-from rollout import Trajectory, pack, run_dialogues, split, trajectories
+from rollout import Trajectory, pack, run_dialogues, split, token_rewards, trajectories
 from simulator import EmotionRules, Failed
 from update import Piece, State, build, by_dialogue, forward, learn, prepare, scatter, set_learning_rates, update
 
@@ -59,6 +59,10 @@ def roll(state, think=False, change=None, groups=3, members=2, seed=0):
     return run_dialogues(make_jobs(groups, members), engine, chat, user, make_talk(reply_tokens=6), (seed,))
 
 
+def rewards_of(dialogues):
+    return {dialogue.key: torch.tensor(token_rewards(dialogue, "final")) for dialogue in dialogues}
+
+
 def gradients(state, config, step):
     """What the optimisers applied in `step()`, which takes one step with each: parameter name -> gradient."""
     names = {id(p): f"{key}.{name}" for key, module in state.modules.items() for name, p in module.named_parameters()}
@@ -93,12 +97,11 @@ def test_the_gradient_is_the_same_for_every_micro_batch_size_and_packing_order(m
     config, state = make(kind, think=think, kl_coef=0.1)
     dialogues = roll(state, think)
     assert len({len(dialogue.turns) for dialogue in dialogues}) > 1
-    rewards = {dialogue.key: dialogue.reward for dialogue in dialogues}
 
     def packed(order, micro_tokens):
         items = [item for dialogue in order for item in trajectories(dialogue, think)]
         pieces = [Piece(pack(part)) for part in split(items, micro_tokens)]
-        prepare(state, config, pieces, rewards, BANNED)
+        prepare(state, config, pieces, rewards_of(dialogues), BANNED)
         return gradients(state, config, lambda: learn(state, config, pieces, BANNED))
 
     whole = of_update(state, dataclasses.replace(config, micro_tokens=100000), dialogues)
@@ -159,7 +162,7 @@ def test_a_broken_format_is_trained_with_reward_0(make):
     dialogues[0].ended = "format"
     assert dialogues[0].reward == 0 and dialogues[0].emotion > 0
     pieces = [Piece(pack(trajectories(dialogue, think=True))) for dialogue in dialogues[:2]]
-    prepare(state, config, pieces, {dialogue.key: dialogue.reward for dialogue in dialogues[:2]}, BANNED)
+    prepare(state, config, pieces, rewards_of(dialogues[:2]), BANNED)
     assert (pieces[0].advantage < -0.99).all() and (pieces[1].advantage > 0.99).all()
     assert len(pieces[0].advantage) == sum(len(turn.sampled_ids) for turn in dialogues[0].turns)
 
@@ -222,11 +225,12 @@ def hand_made():
     """Three pieces: A's first turn (2 trained tokens) and B's (1); A's second turn (1); B's second (3)."""
 
     def item(key, mask, value):
-        spread = iter(value)
-        return Trajectory(key, [1] * len(mask), mask, [0.0] * len(mask), [next(spread) if bit else 99.0 for bit in mask])
+        rest = iter(value)
+        return Trajectory(key, [1] * len(mask), mask, [0.0] * len(mask), [next(rest) if bit else 99.0 for bit in mask])
 
     first = [item(A, [0, 0, 1, 1], [0.1, 0.2]), item(B, [0, 1], [0.5])]
-    return [Piece(pack(items)) for items in (first, [item(A, [0, 0, 0, 1], [0.3])], [item(B, [0, 1, 0, 1, 1], [0.6, 0.7, 0.8])])]
+    second, third = [item(A, [0, 0, 0, 1], [0.3])], [item(B, [0, 1, 0, 1, 1], [0.6, 0.7, 0.8])]
+    return [Piece(pack(items)) for items in (first, second, third)]
 
 
 def test_by_dialogue_joins_turns_in_order_and_scatter_is_the_way_back():
@@ -241,9 +245,10 @@ def test_by_dialogue_joins_turns_in_order_and_scatter_is_the_way_back():
 @pytest.mark.parametrize("whitened", [False, True])
 def test_gae_runs_over_the_turns_of_a_dialogue_and_comes_back_to_the_right_tokens(gamma, lam, whitened):
     pieces, config = hand_made(), Config(gamma=gamma, lam=lam, scale_advantage=whitened)
-    prepare(State(None, None, nn.Identity(), None, []), config, pieces, {A: 0.4, B: 0.9}, BANNED)
-    a, a_returns = ppo.gae(torch.tensor([0, 0, 0.4]), torch.tensor([0.1, 0.2, 0.3]), gamma, lam)
-    b, b_returns = ppo.gae(torch.tensor([0, 0, 0, 0.9]), torch.tensor([0.5, 0.6, 0.7, 0.8]), gamma, lam)
+    rewards = {A: torch.tensor([0, 0, 0.4]), B: torch.tensor([0.2, 0, 0, 0.9])}
+    prepare(State(None, None, nn.Identity(), None, []), config, pieces, rewards, BANNED)
+    a, a_returns = ppo.gae(rewards[A], torch.tensor([0.1, 0.2, 0.3]), gamma, lam)
+    b, b_returns = ppo.gae(rewards[B], torch.tensor([0.5, 0.6, 0.7, 0.8]), gamma, lam)
     if whitened:  # over all trained tokens of the batch, however they are packed
         a, b = ppo.whiten(torch.cat([a, b])).split([3, 4])
     for name, u, v in (("advantage", a, b), ("returns", a_returns, b_returns)):
@@ -251,12 +256,24 @@ def test_gae_runs_over_the_turns_of_a_dialogue_and_comes_back_to_the_right_token
         torch.testing.assert_close([getattr(piece, name) for piece in pieces], expected)
 
 
+@pytest.mark.parametrize("credit", ["final", "turn"])
+def test_ppo_learns_from_the_rewards_that_credit_says(make, steps, credit):
+    config, state = make("ppo head", credit=credit, scale_advantage=False)
+    dialogues = roll(state)
+    update(state, config, dialogues, BANNED)
+    pieces = steps[0][0]
+    for dialogue, returns in zip(dialogues, by_dialogue(pieces, [piece.returns for piece in pieces]).values()):
+        later = torch.tensor(token_rewards(dialogue, credit)).flip(0).cumsum(0).flip(0)
+        torch.testing.assert_close(returns, later)
+        assert float(returns[0]) == pytest.approx(dialogue.reward)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_numbers_that_are_not_finite_leave_the_weights_bit_equal_and_count_as_skipped(make, kind):
     config, state = make(kind, lr=1e-2, critic_lr=1e-2)
     dialogues = roll(state)
     pieces = [Piece(pack(trajectories(dialogue, think=False))) for dialogue in dialogues]
-    prepare(state, config, pieces, {dialogue.key: dialogue.reward for dialogue in dialogues}, BANNED)
+    prepare(state, config, pieces, rewards_of(dialogues), BANNED)
     before, good = copy.deepcopy(state), pieces[2].advantage
     pieces[2].advantage = good * float("nan")
     assert learn(state, config, pieces, BANNED)["skipped"] == 1
