@@ -28,6 +28,7 @@ $(VENV)/.base: requirements.txt
 
 $(VENV)/.dev: $(VENV)/.base requirements-dev.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps dashscope==2.0.2
 	touch $@
 
 $(SMOLLM2)/config.json: $(VENV)/.base

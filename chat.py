@@ -41,8 +41,10 @@ class Chat:
     def __post_init__(self):
         special = {token: self.tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>")}
         for token, index in special.items():
-            if index is None or index == self.tokenizer.unk_token_id or self.tokenizer.decode([index]) != token:
-                raise InputError(f"{self.tokenizer.name_or_path}: the tokenizer has no {token} token; a ChatML model is needed (Qwen2.5, Qwen3, SmolLM2)")
+            known = index is not None and index != self.tokenizer.unk_token_id and self.tokenizer.decode([index]) == token
+            if not known or index in self.text(token):  # one that is not special could be forged by user text
+                where = self.tokenizer.name_or_path
+                raise InputError(f"{where}: the tokenizer has no special token {token}; a ChatML model is needed (Qwen, SmolLM2)")
         self.start, self.end = special["<|im_start|>"], special["<|im_end|>"]
         self.newline = self.text("\n")
         self.assistant_header = [self.start, *self.text("assistant\n")]

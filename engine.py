@@ -34,7 +34,7 @@ def hash_key(*key: int) -> int:
 
 def uniform(*key: int) -> float:
     """A uniform in (0, 1), a function of the key alone."""
-    return ((hash_key(*key) >> 11) + 0.5) / (1 << 53)
+    return ((hash_key(*key) >> 12) + 0.5) / (1 << 52)
 
 
 class KVCache:
@@ -131,6 +131,8 @@ class Engine:
 
     def forget(self) -> None:
         """Drop all stored keys, values and rows: after every weight update."""
+        self.cache.k.zero_()  # a NaN left behind would survive its mask: 0 x NaN is NaN
+        self.cache.v.zero_()
         self.held = [[] for _ in self.held]
         self.waiting, self.live = [], []
 

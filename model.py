@@ -311,9 +311,11 @@ def load_model(name: str, seed: int = 0) -> Transformer:
     with torch.device("meta"):
         model = Transformer(raw, str(folder / "config.json"))
     index = folder / "model.safetensors.index.json"
-    files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    shards = read_json(index).get("weight_map", {}) if index.is_file() else {"": "model.safetensors"}
+    if not shards:
+        raise InputError(f"{index}: has no weight_map; fetch the model again")
     tensors: dict[str, Tensor] = {}
-    for file in files:
+    for file in sorted(set(shards.values())):
         tensors.update(read_tensors(folder / file))
     load_strictly(model, tensors, str(folder))
     return model
@@ -322,7 +324,10 @@ def load_model(name: str, seed: int = 0) -> Transformer:
 def read_json(path: Path) -> dict:
     """A JSON object from a file. Raises InputError if it is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError("an object is expected")
+        return raw
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; a Hugging Face model folder is expected") from None
     except ValueError as error:

@@ -34,7 +34,7 @@ WEIGHTS = {
 PRIMARY = 2.5  # a move of at least this weight serves the intention
 PERSONA = {"negative": (0.85, 1.2), "passive": (1.0, 1.0), "avoidant": (1.0, 0.95)}  # factors on gains, on costs
 # Share that an ungrounded move keeps; most points of moves beside an unserved intention; cost of not serving it.
-MODES = {"vanilla": (0.15, 1.9, 2.2), "challenging": (0.05, 0.5, 2.8)}
+MODES = {"vanilla": (0.15, 2.6, 2.0), "challenging": (0.05, 0.5, 2.8)}
 SOFTNESS = (6.5, 12.0)  # gains, costs: points p become 10 * (1 - exp(-p / softness)), so the second adds less
 COSTS = {"repetition": 5.0, "parroting": 5.0, "garbled": 9.0, "off_topic": 2.5, "wrong_language": 8.0, "stuffing": 4.0,
          "too_short": 3.0, "too_long": 6.0, "cut": 0.15}  # points at full strength, for any intention
@@ -82,7 +82,7 @@ def stem(word: str) -> str:
 
 def tokens(text: str) -> list[str]:
     """Lower-cased words; a Chinese character is a word of its own."""
-    return re.findall(r"[a-z]+(?:'[a-z]+)?|\d+|[\u4e00-\u9fff]", text.lower().replace("’", "'"))
+    return re.findall(r"[\u4e00-\u9fff]|[^\W\d_\u4e00-\u9fff]+(?:'[a-z]+)?|\d+", text.lower().replace("’", "'"))
 
 
 def units(text: str, lex: SimpleNamespace) -> set[str]:
@@ -195,9 +195,9 @@ def malformed(text: str, items: list[str], lex: SimpleNamespace, cut: bool) -> f
         kinds = [next((kind for kind, words in lex.classes.items() if item in words), "") for item in items]
         pairs = [f"{x} {y}" for x, y, a, b in zip(items, items[1:], kinds, kinds[1:]) if b in banned.get(a, "").split()]
         wrong = sum(x not in grammar["allowed"] for x in pairs) + (not cut and items[-1] in grammar["openers"].split())
-        wrong += sum(x.lower() in lex.function for x in re.findall(r"(?<=[a-z,] )[A-Z][a-z']+", text))  # "roll You"
+        wrong += sum(x.lower() in lex.function for x in re.findall(r"(?<=[a-z,] )[A-Z][a-z]\w*", text))  # "roll You"
         runs = map(len, "".join("|" if item in lex.function else "x" for item in items).split("|"))
-        odd = sum(bool(re.search(r"^[^\W\daeiouy]+$|[^aeiouy\W\d]{6}|(.)\1\1", item)) for item in items)
+        odd = sum(bool(re.search(r"^[b-df-hj-np-tv-xz]{2,}$|[b-df-hj-np-tv-xz]{6}|(.)\1\1", item)) for item in items)
         return clip(faults + (10 * wrong + 5 * odd) / n + clip(1.5 - 5 * function) + clip(max(runs) / 5 - 1.2)
                     + clip(n / 30 - 1.7))
     clauses = re.findall(r"[\u4e00-\u9fff]+", re.sub("[“「『][^”」』]*[”」』]", "某某", text)) or [" "]

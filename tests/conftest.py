@@ -12,7 +12,7 @@ from model import PackedAttention, Transformer, banned_ids
 from rollout import Job, Talk
 from simulator import Appraisal, EmotionRules, Failed, Profile, UserTurn
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny models: a second thread only waits
 ROOT = Path(__file__).parent.parent
 SMOLLM2 = ROOT / "models" / "smollm2-135m-instruct"
 RLVER_DATA = Path(os.environ.get("RLVER_DATA", ROOT.parent / "shared" / "data"))

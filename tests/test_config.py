@@ -78,6 +78,7 @@ def test_a_wrong_option_is_one_line_with_the_key_and_a_hint(option, fragments):
     "options, fragments",
     [
         (["algorithm=grpo", "group_size=1"], ["'group_size'", "at least 2", "algorithm=ppo"]),
+        (["algorithm=grpo", "credit=turn"], ["'credit'", "final", "algorithm=ppo"]),
         (["reply_tokens=512", "context_tokens=512"], ["'reply_tokens'", "'context_tokens'"]),
         (["groups=1", "group_size=2", "minibatches=3"], ["'minibatches'", "3", "2"]),
         (["steps=0"], ["'steps'", "at least 1"]),

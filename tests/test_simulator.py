@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 from conftest import ROOT
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from config import InputError
@@ -183,6 +183,8 @@ def test_bands_and_endings_are_sages(emotion, letter, ended):
 
 
 @given(emotions)
+@example(99.5)
+@example(9.5)
 def test_a_dialogue_ends_exactly_in_the_bands_s_and_f(emotion):
     assert (EmotionRules().ending(emotion) is not None) == (band(emotion) in "SF")
 

@@ -157,8 +157,9 @@ def spoil_logits(monkeypatch):
     monkeypatch.setattr(engine, "sampling_logits", logits)
 
 
-@pytest.mark.parametrize("spoil", [spoil_losses, spoil_logits])
-def test_numbers_that_are_not_finite_skip_the_step(tiny, monkeypatch, capsys, spoil):
+@pytest.mark.parametrize("spoil, told", [(spoil_losses, 8), (spoil_logits, 0)], ids=["losses", "logits"])
+def test_numbers_that_are_not_finite_skip_the_step(tiny, monkeypatch, capsys, spoil, told):
+    """The dialogues of a step whose update failed are logged; those whose sampling failed were never finished."""
     config = tiny(save_every=1, keep=9)
     spoil(monkeypatch)
     go(config)
@@ -166,6 +167,8 @@ def test_numbers_that_are_not_finite_skip_the_step(tiny, monkeypatch, capsys, sp
     skipped = [row["step"] for row in rows if row["skipped"]]
     assert len(rows) == 4 and len(skipped) == 1 and skipped[0] > 1
     assert f"ALARM step {skipped[0]}" in capsys.readouterr().out
+    logged = Counter(row["step"] for row in evaluation.read_log(f"{config.run}/dialogues.jsonl"))
+    assert [logged[step] for step in range(1, 5)] == [told if step in skipped else 8 for step in range(1, 5)]
     for step in range(1, 4):
         same = all(
             torch.equal(a, b) for a, b in zip(weights(config, step).values(), weights(config, step + 1).values())
