@@ -36,8 +36,8 @@ PERSONA = {"negative": (0.85, 1.2), "passive": (1.0, 1.0), "avoidant": (1.0, 0.9
 # Share that an ungrounded move keeps; most points of moves beside an unserved intention; cost of not serving it.
 MODES = {"vanilla": (0.15, 2.6, 2.0), "challenging": (0.05, 0.5, 2.8)}
 SOFTNESS = (6.5, 12.0)  # gains, costs: points p become 10 * (1 - exp(-p / softness)), so the second adds less
-COSTS = {"repetition": 5.0, "parroting": 5.0, "garbled": 9.0, "off_topic": 2.5, "wrong_language": 8.0, "stuffing": 4.0,
-         "too_short": 3.0, "too_long": 6.0, "cut": 0.15}  # points at full strength, for any intention
+COSTS = {"repetition": 5.0, "parroting": 5.0, "garbled": 9.0, "off_topic": 2.5, "strange": 4.0,
+         "wrong_language": 8.0, "stuffing": 4.0, "too_short": 3.0, "too_long": 6.0, "cut": 0.15}  # points at full strength, for any intention
 LENGTHS = {"en": (3, 16, 120, 520), "zh": (4, 24, 260, 1100)}  # shortest, good from, to, longest: words, characters
 # Shared content units that ground a sentence by 63 %; new ones that add something; tokens of a sentence that counts.
 GROUND, NEW, WHOLE = {"en": 1.0, "zh": 1.8}, {"en": 4, "zh": 8}, {"en": 10, "zh": 16}
@@ -53,6 +53,7 @@ def lexicon(language: str) -> SimpleNamespace:
     function = frozenset(raw["function_words"].split() if english else raw["function_words"])
     return SimpleNamespace(
         language=language, raw=raw, function=function, stop=function if english else frozenset(raw["stop_characters"]),
+        common={stem(word) for word in raw["common_words"].split()},
         generic={stem(word) if english else word for word in raw["generic_words"].split()},
         cues={name: re.compile(edge % "|".join(cue.splitlines())) for name, cue in raw["cues"].items()},
         frames=dict(zip(function, function)) | {x: kind for kind, xs in raw["frames"].items() for x in xs.split()},
@@ -60,7 +61,7 @@ def lexicon(language: str) -> SimpleNamespace:
 
 
 def user_hash() -> str:
-    """What a reward depends on: 16 hex digits over this file and its two data files."""
+    """What a reward depends on: 16 hex digits over this file and its data files."""
     parts = [path.read_bytes() for path in (Path(__file__), DATA / "en.toml", DATA / "zh.toml")]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
@@ -268,7 +269,10 @@ def measure(profile: Profile, mode: str, said: list[str], earlier: list[str], re
     f["cut"] = float(bool(parts) and re.search(r"\w\s*$", reply) is not None)
     f["ground"] = max((s.ground * s.sound * s.fresh for s in parts), default=0.0)
     f["off_topic"] = clip(1 - 1.2 * max(f["ground"], *(f["raw_" + move] for move in MOVES if move != "reflection")))
-    f["new"] = clip(len(units(reply, lex) - told.last) / NEW[profile.language])
+    own = units(reply, lex)
+    rare = own - told.said - told.scene - lex.common
+    f["strange"] = clip((len(rare) / max(4, len(own)) - 0.25) / 0.5) if lex.common else 0.0
+    f["new"] = clip(len(own - told.last) / NEW[profile.language])
     return f
 
 
@@ -361,6 +365,7 @@ class OfflineUser:
         if text is None:
             fact = s.pick(facts(profile)[:2] or answers["fillers"], "fact")
             text = s.pick(answers["openings"] + answers["open_" + profile.persona_type], "opening").format(fact=fact)
+        s.used |= {fact for fact in facts(profile) if fact in text}  # a group's opening was made in another session
         s.said.append(text)
         self.ready[key] = UserTurn(text, s.emotion)
 

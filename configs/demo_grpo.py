@@ -1,7 +1,10 @@
-"""The demo with GRPO in place of PPO."""
+"""The demo with GRPO in place of PPO: 3 people x 4 dialogues a step, one advantage a dialogue, no critic.
+
+    python scripts/demo.py configs/demo_grpo.py
+"""
 
 import dataclasses
 
 from configs.demo import config as demo
 
-config = dataclasses.replace(demo, algorithm="grpo", groups=4, group_size=4)
+config = dataclasses.replace(demo, algorithm="grpo", credit="final", groups=3, group_size=4)

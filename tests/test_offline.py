@@ -287,7 +287,8 @@ FORMULAS = [
     "Perhaps Dana was afraid. Perhaps the newspaper was afraid.", "Maybe Dana was jealous. Maybe Father was tired.",
     "Ask Dana tomorrow. Ask the newspaper tonight.", "Tell Dana today. Write to the newspaper tomorrow.",
     "Dana told the newspaper it had been her idea and your name wasn't in the article, and you feel hurt.",
-    "你对面、记者、镜头、小岚和冷库都很难过很委屈很生气很孤单很累。", "也许小岚怕了。也许记者怕了。", "明天问小岚。今晚问记者。",
+    "你对面、记者、镜头、小岚和冷库都很难过很委屈很生气很孤单很累。", "也许小岚怕了。也许记者怕了。",
+    "明天问小岚。今晚问记者。",
     "小岚跟记者说主意是她想的，片子里你一个镜头都没有，你一定很难过。",
 ]
 
