@@ -36,7 +36,7 @@ PERSONA = {"negative": (0.85, 1.2), "passive": (1.0, 1.0), "avoidant": (1.0, 0.9
 # Share that an ungrounded move keeps; most points of moves beside an unserved intention; cost of not serving it.
 MODES = {"vanilla": (0.15, 2.6, 2.0), "challenging": (0.05, 0.5, 2.8)}
 SOFTNESS = (6.5, 12.0)  # gains, costs: points p become 10 * (1 - exp(-p / softness)), so the second adds less
-COSTS = {"repetition": 5.0, "parroting": 5.0, "garbled": 9.0, "off_topic": 2.5, "strange": 4.0,
+COSTS = {"repetition": 5.0, "parroting": 5.0, "garbled": 9.0, "off_topic": 5.5, "strange": 3.0,
          "wrong_language": 8.0, "stuffing": 4.0, "too_short": 3.0, "too_long": 6.0, "cut": 0.15}  # points at full strength, for any intention
 LENGTHS = {"en": (3, 16, 120, 520), "zh": (4, 24, 260, 1100)}  # shortest, good from, to, longest: words, characters
 # Shared content units that ground a sentence by 63 %; new ones that add something; tokens of a sentence that counts.
@@ -268,7 +268,7 @@ def measure(profile: Profile, mode: str, said: list[str], earlier: list[str], re
     f["too_short"], f["too_long"] = clip((enough - size) / (enough - shortest)), clip((size - fine) / (longest - fine))
     f["cut"] = float(bool(parts) and re.search(r"\w\s*$", reply) is not None)
     f["ground"] = max((s.ground * s.sound * s.fresh for s in parts), default=0.0)
-    f["off_topic"] = clip(1 - 1.2 * max(f["ground"], *(f["raw_" + move] for move in MOVES if move != "reflection")))
+    f["off_topic"] = clip(1 - 1.2 * max(f["ground"], 0.4 * max(f["raw_" + move] for move in MOVES if move != "reflection")))
     own = units(reply, lex)
     rare = own - told.said - told.scene - lex.common
     f["strange"] = clip((len(rare) / max(4, len(own)) - 0.25) / 0.5) if lex.common else 0.0
@@ -283,7 +283,7 @@ def score(f: dict[str, float], profile: Profile, mode: str) -> tuple[float, floa
     points = {move: weights[move] * f[move] for move in MOVES if weights[move] > 0}
     leads = [move for move in points if weights[move] >= PRIMARY and move != "reflection"]
     own, other = max(f[move] for move in leads), max(f[move] for move in MOVES[3:] if move not in leads)
-    points["reflection"] *= 0.3 + 0.7 * clip(own / 0.5)
+    points["reflection"] *= 0.5 + 0.5 * clip(own / 0.5)
     core = sum(points[move] for move in points if weights[move] >= PRIMARY)
     core *= 1 - 0.8 * clip(1.4 * (other - own))  # done in passing while the reply is about something else
     gate = f["new"] * (1 - 0.7 * f["too_short"]) * (1 - f["too_long"])

@@ -2,8 +2,8 @@
 
     make demo          or, the training alone: python train.py configs/demo.py
 
-Two CPU cores, fp32. Model: SmolLM2-135M-Instruct. User: offline, vanilla. Training: 22 steps of 12 dialogues (6 people x
-2) of 2 turns, replies of at most 32 tokens, emotion starts at 50. Benchmark: 24 people never trained on x 3 dialogues
+Two CPU cores, fp32. Model: SmolLM2-135M-Instruct. User: offline, vanilla. Training: 22 steps of 12 dialogues (6 people
+x 2) of 2 turns, replies of at most 32 tokens, emotion starts at 50. Benchmark: 24 people never trained on x 3 dialogues
 of at most 8 replies (7 scored), emotion starts at 40. Temperature 1 in both; seed 0, benchmark seed 1000.
 """
 
@@ -20,7 +20,7 @@ config = Config(
     context_tokens=1024,
     slots=72,
     steps=22,
-    lr=1e-4,
+    lr=2e-4,
     warmup=2,
     critic_lr=1e-5,
     critic_warmup=0,
