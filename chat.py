@@ -8,7 +8,7 @@ the pieces of that sum; `rollout.py` adds them up. transformers' tokenizer does 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from config import InputError
+from config import InputError, find_folder
 
 OPEN, CLOSE = "<think>", "</think>"
 
@@ -29,9 +29,9 @@ class Chat:
     """ChatML over one tokenizer. Raises InputError where the tokenizer has no ChatML tokens.
 
     Example (no think): system "S", user "hi", sampled [Hey, <|im_end|>], user "ok" gives
-        <|im_start|>system\\n S <|im_end|>\\n <|im_start|>user\\n hi <|im_end|>\\n <|im_start|>assistant\\n   (prompt, mask 0)
-        Hey <|im_end|>                                                                              (sampled, mask 1)
-        \\n <|im_start|>user\\n ok <|im_end|>\\n <|im_start|>assistant\\n                                (prompt, mask 0)
+        mask 0:  <|im_start|>system\\n S <|im_end|>\\n <|im_start|>user\\n hi <|im_end|>\\n <|im_start|>assistant\\n
+        mask 1:  Hey <|im_end|>                                                                  (what was sampled)
+        mask 0:  \\n <|im_start|>user\\n ok <|im_end|>\\n <|im_start|>assistant\\n
     """
 
     tokenizer: object
@@ -41,10 +41,13 @@ class Chat:
     def __post_init__(self):
         special = {token: self.tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>")}
         for token, index in special.items():
-            known = index is not None and index != self.tokenizer.unk_token_id and self.tokenizer.decode([index]) == token
-            if not known or index in self.text(token):  # one that is not special could be forged by user text
+            known = index is not None and index != self.tokenizer.unk_token_id
+            # One that is not special could be forged by user text.
+            if not known or self.tokenizer.decode([index]) != token or index in self.text(token):
                 where = self.tokenizer.name_or_path
-                raise InputError(f"{where}: the tokenizer has no special token {token}; a ChatML model is needed (Qwen, SmolLM2)")
+                raise InputError(
+                    f"{where}: the tokenizer has no special token {token}; a ChatML model is needed (Qwen, SmolLM2)"
+                )
         self.start, self.end = special["<|im_start|>"], special["<|im_end|>"]
         self.newline = self.text("\n")
         self.assistant_header = [self.start, *self.text("assistant\n")]
@@ -59,11 +62,11 @@ class Chat:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def message(self, role: str, content: str) -> list[int]:
-        """<|im_start|>role\\n content <|im_end|>\\n, the content stripped (its outer newlines would merge into the header's)."""
+        """<|im_start|>role\\n content <|im_end|>\\n; the content is stripped, its newlines would merge into others."""
         return [self.start, *self.text(f"{role}\n{content.strip()}"), self.end, *self.newline]
 
     def opening(self, system: str, user: str) -> list[int]:
-        """Ids of the first prompt, up to the end of the assistant header. An empty system prompt writes no system turn."""
+        """Ids of the first prompt, to the end of the assistant header. An empty system prompt writes no system turn."""
         system_ids = self.message("system", system) if system.strip() else []
         return [*system_ids, *self.message("user", user), *self.assistant_header, *self.empty_block]
 
@@ -123,8 +126,11 @@ def load_tokenizer(name: str):
 
     if name == "bytes":
         return byte_tokenizer(transformers)
+    if name.endswith(".json"):
+        raise InputError(f"{name}: a shape file has no tokenizer; give tokenizer=bytes, or a folder or hub name")
+    folder = find_folder(name, weights=False)
     try:
-        return transformers.AutoTokenizer.from_pretrained(name)
+        return transformers.AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
         line = str(error).strip().splitlines()[0]
         raise InputError(f"{name}: no tokenizer could be read there ({line})") from None
@@ -139,7 +145,8 @@ def byte_tokenizer(transformers):
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=["<|im_start|>"]
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
     )
 
 
@@ -151,7 +158,8 @@ def make_chat(tokenizer, think: bool) -> Chat:
 
 def system_prompt(language: str, think: bool, override: str = "") -> str:
     """The policy's system prompt: the file given, else prompts/policy_{en,zh}{,_think}.txt."""
-    path = Path(override) if override else Path(__file__).parent / "prompts" / f"policy_{language}{'_think' if think else ''}.txt"
+    ours = Path(__file__).parent / "prompts" / f"policy_{language}{'_think' if think else ''}.txt"
+    path = Path(override) if override else ours
     if not path.is_file():
         raise InputError(f"{path}: no such prompt file; give system=FILE or restore prompts/")
     return path.read_text(encoding="utf-8").strip()

@@ -26,13 +26,20 @@ def option(default, meaning: str, choices: tuple = ()):
 class Config:
     # what is trained, on whom
     run: str = option("", "run directory; empty: runs/<name of the config file>")
-    model: str = option("models/smollm2-135m-instruct", "local HF folder or hub name; or a shape file configs/shapes/*.json for random weights")
+    model: str = option(
+        "models/smollm2-135m-instruct",
+        "local HF folder or hub name; or a shape file configs/shapes/*.json for random weights",
+    )
     tokenizer: str = option("", "folder or hub name of the tokenizer; empty: the model's own")
     algorithm: str = option("ppo", "ppo (GAE and a critic) or grpo (group-relative advantages)", ("ppo", "grpo"))
     profiles: str = option("data/en_train.jsonl", "training profiles, JSON lines")
     eval_profiles: str = option("data/en_test.jsonl", "profiles of the benchmark and of periodic evaluation")
     user: str = option("offline", "who the simulated user is: offline (no LLM, deterministic)", ("offline",))
-    user_mode: str = option("vanilla", "vanilla, or challenging (hides its need and is moved only by what serves it)", ("vanilla", "challenging"))
+    user_mode: str = option(
+        "vanilla",
+        "vanilla, or challenging (hides its need and is moved only by what serves it)",
+        ("vanilla", "challenging"),
+    )
     think: bool = option(False, "reply after a <think> block; thoughts are removed before anybody sees the reply")
     system: str = option("", "file with the policy's system prompt; empty: prompts/policy_{en,zh}{,_think}.txt")
     seed: int = option(0, "seed of data order, sampling noise and new weights")
@@ -49,7 +56,9 @@ class Config:
     steps: int = option(350, "optimisation steps (rollout + update)")
     lr: float = option(1e-6, "learning rate of the policy, constant after warm-up")
     warmup: int = option(20, "steps of linear warm-up of the policy's learning rate")
-    critic: str = option("trunk", "PPO's critic: trunk (a model of its own) or head (a value head on the policy)", ("trunk", "head"))
+    critic: str = option(
+        "trunk", "PPO's critic: trunk (a model of its own) or head (a value head on the policy)", ("trunk", "head")
+    )
     critic_lr: float = option(5e-6, "learning rate of the critic (or of the value head)")
     critic_warmup: int = option(50, "steps of linear warm-up of the critic's learning rate")
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay, on matrices only")
@@ -60,7 +69,9 @@ class Config:
     checkpointing: bool = option(False, "recompute activations in the backward pass")
     # losses
     credit: str = option(
-        "final", "PPO's reward: final (on the last token) or turn (each change of emotion on its turn)", ("final", "turn")
+        "final",
+        "PPO's reward: final (on the last token) or turn (each change of emotion on its turn)",
+        ("final", "turn"),
     )
     clip: float = option(0.2, "PPO's clip range of the ratio")
     value_clip: float = option(0.5, "clip range of the value around its old prediction")
@@ -74,14 +85,20 @@ class Config:
     # evaluation and bookkeeping
     eval_every: int = option(0, "evaluate every so many steps; 0: never during training")
     eval_dialogues: int = option(1, "evaluation dialogues per profile")
-    eval_max_turns: int = option(10, "replies per evaluation dialogue, the last of which is not appraised (SAGE: 10, 9 scored)")
+    eval_max_turns: int = option(
+        10, "replies per evaluation dialogue, the last of which is not appraised (SAGE: 10, 9 scored)"
+    )
     eval_temperature: float = option(1.0, "sampling temperature of evaluation")
     eval_start_emotion: float = option(40.0, "emotion an evaluation dialogue starts with (SAGE 40)")
     eval_seed: int = option(1000, "seed of evaluation noise")
     eval_user_mode: str = option("vanilla", "user of the evaluation", ("vanilla", "challenging"))
     save_every: int = option(5, "steps between checkpoints; the last step is always saved; 0: only the last")
     keep: int = option(2, "checkpoints kept")
-    resume: str = option("auto", "auto (newest checkpoint of the run), none (refuse a run that exists), or a checkpoint folder")
+    resume: str = option(
+        "auto",
+        "auto (newest checkpoint of the run), none (refuse a run that exists), or a checkpoint folder, from which the "
+        "run then goes on (its own later checkpoints are removed)",
+    )
     device: str = option("auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
     threads: int = option(0, "CPU threads; 0: torch's default")
 
@@ -113,11 +130,10 @@ def read_config_file(path: str) -> Config:
         raise InputError(f"{path}: no such config file; see configs/")
     try:
         names = runpy.run_path(path)
-    except TypeError as error:  # Config(unknwon=1): Python's message names the key
-        word = str(error).rsplit("'", 2)
-        raise InputError(f"{path}: {error}{nearest(word[1]) if len(word) == 3 else ''}") from None
-    except (SyntaxError, NameError, ImportError) as error:
-        raise InputError(f"{path}: {type(error).__name__}: {error}") from None
+    except Exception as error:  # whatever the user's code may raise; for Config(stpes=1) Python's message names the key
+        word = str(error).rsplit("'", 2) if isinstance(error, TypeError) else []
+        hint = nearest(word[1]) if len(word) == 3 else ""
+        raise InputError(f"{path}: {type(error).__name__}: {' '.join(str(error).split())}{hint}") from None
     if not isinstance(names.get("config"), Config):
         raise InputError(f"{path}: binds no `config = Config(...)`")
     return names["config"]
@@ -158,18 +174,27 @@ def check(config: Config) -> Config:
         if f.type is float and type(value) is int:
             value = float(value)
             config = dataclasses.replace(config, **{f.name: value})
+        if value != value:
+            raise InputError(f"option {f.name!r} is a number, not {value}; its default is {f.default}")
         if type(value) is not f.type:
             raise InputError(f"option {f.name!r} is of type {f.type.__name__}, not {type(value).__name__} ({value!r})")
         if f.metadata["choices"] and value not in f.metadata["choices"]:
             near = difflib.get_close_matches(value, f.metadata["choices"], 1)
-            raise InputError(f"option {f.name!r} is one of {', '.join(f.metadata['choices'])}, not {value!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    for key in ("groups", "group_size", "max_turns", "slots", "reply_tokens", "steps", "minibatches", "epochs", "micro_tokens", "eval_dialogues", "eval_max_turns", "keep"):
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"option {f.name!r} is one of {', '.join(f.metadata['choices'])}, not {value!r}{hint}")
+    for key in (
+        "groups", "group_size", "max_turns", "slots", "reply_tokens", "steps", "minibatches", "epochs", "micro_tokens",
+        "eval_dialogues", "eval_max_turns", "keep",
+    ):
         if getattr(config, key) < 1:
             raise InputError(f"option {key!r} must be at least 1, not {getattr(config, key)}")
     for key in ("lr", "critic_lr", "temperature", "eval_temperature", "grad_clip", "clip"):
         if not getattr(config, key) > 0:
             raise InputError(f"option {key!r} must be above 0, not {getattr(config, key)}")
-    for key in ("warmup", "critic_warmup", "weight_decay", "value_clip", "vf_coef", "entropy_coef", "kl_coef", "eval_every", "save_every", "threads"):
+    for key in (
+        "warmup", "critic_warmup", "weight_decay", "value_clip", "vf_coef", "entropy_coef", "kl_coef", "eval_every",
+        "save_every", "threads",
+    ):
         if getattr(config, key) < 0:
             raise InputError(f"option {key!r} must not be negative, not {getattr(config, key)}")
     for key in ("gamma", "lam"):
@@ -177,16 +202,45 @@ def check(config: Config) -> Config:
             raise InputError(f"option {key!r} must be within 0..1, not {getattr(config, key)}")
     for key in ("start_emotion", "eval_start_emotion"):
         if not 10 <= getattr(config, key) < 100:
-            raise InputError(f"option {key!r} must be in 10..99, where a dialogue can begin, not {getattr(config, key)}")
+            value = getattr(config, key)
+            raise InputError(f"option {key!r} must be in 10..99, where a dialogue can begin, not {value}")
     if config.algorithm == "grpo" and config.group_size < 2:
-        raise InputError("option 'group_size' must be at least 2 for grpo: a group of one has no baseline; or set algorithm=ppo")
+        raise InputError(
+            "option 'group_size' must be at least 2 for grpo: a group of one has no baseline; or set algorithm=ppo"
+        )
     if config.algorithm == "grpo" and config.credit != "final":
-        raise InputError("option 'credit' must be final for grpo, which has one advantage a dialogue; or set algorithm=ppo")
+        raise InputError(
+            "option 'credit' must be final for grpo, which has one advantage a dialogue; or set algorithm=ppo"
+        )
     if config.reply_tokens >= config.context_tokens:
-        raise InputError(f"option 'reply_tokens' ({config.reply_tokens}) must be below 'context_tokens' ({config.context_tokens})")
-    if config.groups * config.group_size < config.minibatches:
-        raise InputError(f"option 'minibatches' ({config.minibatches}) exceeds the dialogues of a step ({config.groups * config.group_size})")
+        raise InputError(
+            f"option 'reply_tokens' ({config.reply_tokens}) must be below 'context_tokens' ({config.context_tokens})"
+        )
+    if (dialogues := config.groups * config.group_size) < config.minibatches:
+        raise InputError(f"option 'minibatches' ({config.minibatches}) exceeds the dialogues of a step ({dialogues})")
     return config
+
+
+def find_folder(name: str, weights: bool = True) -> Path:
+    """The local folder of a model: `name` itself, or the hub's snapshot, with or without its weights.
+
+    Raises InputError where there is none; the hub is not asked for what reads like a path of ours.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if name.count("/") != 1 or name.startswith((".", "/", "models/", "runs/")):
+        raise InputError(
+            f"{name}: no such model folder; `make demo` makes models/smollm2-135m-instruct, "
+            "or give a hub name like Qwen/Qwen2.5-7B-Instruct"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "merges.txt", "*.jinja"] + ["*.safetensors"] * weights
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise InputError(f"{name}: neither a folder here nor to be had from the hub ({type(error).__name__})") from None
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -18,19 +18,26 @@ from model import load_strictly, read_json, read_tensors
 
 
 def optimiser_tensors(optimiser: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Tensor]:
-    """AdamW's state as tensors called <parameter name>:<exp_avg|exp_avg_sq|step>; `names` maps id(parameter) to name."""
+    """AdamW's state as tensors called <parameter name>:<exp_avg|exp_avg_sq|step>; `names`: id(parameter) -> name."""
     return {f"{names[id(p)]}:{key}": value for p, state in optimiser.state.items() for key, value in state.items()}
 
 
-def fill_optimiser(optimiser: torch.optim.Optimizer, names: dict[int, str], tensors: dict[str, Tensor], where: str) -> None:
+def fill_optimiser(
+    optimiser: torch.optim.Optimizer, names: dict[int, str], tensors: dict[str, Tensor], where: str
+) -> None:
     """Put back what `optimiser_tensors` took out. Raises InputError where a state is missing or misshapen."""
     for group in optimiser.param_groups:
         for parameter in group["params"]:
             prefix = names[id(parameter)] + ":"
             state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
             if set(state) != {"exp_avg", "exp_avg_sq", "step"} or state["exp_avg"].shape != parameter.shape:
-                raise InputError(f"{where}: the optimiser's state of {prefix[:-1]} is missing or of another shape; this checkpoint is of another model")
-            optimiser.state[parameter] = {key: value.to(parameter.device if value.dim() else "cpu") for key, value in state.items()}
+                raise InputError(
+                    f"{where}: the optimiser's state of {prefix[:-1]} is missing or of another shape; "
+                    "this checkpoint is of another model"
+                )
+            optimiser.state[parameter] = {
+                key: value.to(parameter.device if value.dim() else "cpu") for key, value in state.items()
+            }
 
 
 def parameter_names(modules: dict[str, nn.Module]) -> dict[int, str]:
@@ -38,15 +45,20 @@ def parameter_names(modules: dict[str, nn.Module]) -> dict[int, str]:
     return {id(p): f"{key}.{name}" for key, module in modules.items() for name, p in module.named_parameters()}
 
 
-def save_checkpoint(run: Path, step: int, modules: dict[str, nn.Module], optimisers: list[torch.optim.Optimizer], keep: int) -> Path:
+def save_checkpoint(
+    run: Path, step: int, modules: dict[str, nn.Module], optimisers: list[torch.optim.Optimizer], keep: int
+) -> Path:
     """Write ckpt/step_N; afterwards only the newest `keep` checkpoints are left. Returns the folder."""
     folder, aside = run / "ckpt" / f"step_{step}", run / "ckpt" / f"step_{step}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
+    for left in folder.parent.glob("*.partial"):  # by a kill
+        shutil.rmtree(left)
     aside.mkdir(parents=True)
     for key, module in modules.items():
-        save_file({name: p.detach().cpu().contiguous() for name, p in module.named_parameters()}, aside / f"{key}.safetensors")
-    names = parameter_names(modules)
-    states = {name: tensor.cpu() for optimiser in optimisers for name, tensor in optimiser_tensors(optimiser, names).items()}
+        weights = {name: p.detach().cpu().contiguous() for name, p in module.named_parameters()}
+        save_file(weights, aside / f"{key}.safetensors")
+    names, states = parameter_names(modules), {}
+    for optimiser in optimisers:
+        states |= {name: tensor.cpu() for name, tensor in optimiser_tensors(optimiser, names).items()}
     save_file({**states, "rng": torch.get_rng_state()}, aside / "optimiser.safetensors")
     (aside / "state.json").write_text(json.dumps({"step": step}) + "\n")
     for file in aside.iterdir():
@@ -75,14 +87,19 @@ def checkpoints(run: Path) -> list[Path]:
 
 def load_checkpoint(folder: Path, modules: dict[str, nn.Module], optimisers: list[torch.optim.Optimizer]) -> int:
     """Fill modules and optimisers in place; returns the step. Raises InputError for a damaged or foreign checkpoint."""
-    state = read_json(folder / "state.json")
+    step = read_json(folder / "state.json").get("step")
     tensors = {key: read_tensors(folder / f"{key}.safetensors") for key in modules}
     states = read_tensors(folder / "optimiser.safetensors")
+    if type(step) is not int:
+        raise InputError(f"{folder / 'state.json'}: has no number step; no checkpoint, or a damaged one")
+    if "rng" not in states:
+        raise InputError(f"{folder / 'optimiser.safetensors'}: has no tensor rng; no checkpoint, or a damaged one")
     for key, module in modules.items():
         device = next(module.parameters()).device
-        load_strictly(module, {n: t.to(device) for n, t in tensors[key].items()}, str(folder / f"{key}.safetensors"), assign=False)
+        on_device = {name: tensor.to(device) for name, tensor in tensors[key].items()}
+        load_strictly(module, on_device, str(folder / f"{key}.safetensors"), assign=False)
     torch.set_rng_state(states.pop("rng"))
     names = parameter_names(modules)
-    for optimiser in optimisers:
-        fill_optimiser(optimiser, names, states if states else {}, str(folder))
-    return state["step"]
+    for optimiser in optimisers if states else ():  # before the first update there is nothing to put back
+        fill_optimiser(optimiser, names, states, str(folder))
+    return step

@@ -47,7 +47,7 @@ class KVCache:
 
 
 class Prefill:
-    """Attention context for ragged prefill: row i brings `counts[i]` new tokens behind the `starts[i]` its slot holds."""
+    """Attention context for ragged prefill: row i brings `counts[i]` new tokens behind the `starts[i]` it holds."""
 
     def __init__(self, cache: KVCache, slots: list[int], starts: list[int], counts: list[int]):
         self.cache, self.rows = cache, list(zip(slots, starts, counts))
@@ -63,7 +63,8 @@ class Prefill:
             position = torch.arange(stop, device=q.device)
             mask = position[None, :] <= position[start:, None]  # [count, stop]
             attended = F.scaled_dot_product_attention(
-                q[piece].transpose(0, 1)[None], keys[None, :, :stop], values[None, :, :stop], attn_mask=mask, enable_gqa=True
+                q[piece].transpose(0, 1)[None], keys[None, :, :stop], values[None, :, :stop],
+                attn_mask=mask, enable_gqa=True,
             )
             out[piece] = attended[0].transpose(0, 1)
             begin += count
@@ -112,7 +113,10 @@ class Engine:
     `forget` calls: stored keys and values belong to the weights that made them.
     """
 
-    def __init__(self, model: Transformer, banned_V: Tensor, stop_ids: tuple[int, ...], slots: int, capacity: int, temperature: float, value_head: ValueHead | None = None, prefill_tokens: int = 4096):
+    def __init__(
+        self, model: Transformer, banned_V: Tensor, stop_ids: tuple[int, ...], slots: int, capacity: int,
+        temperature: float, value_head: ValueHead | None = None, prefill_tokens: int = 4096,
+    ):
         c = model.config
         weight = model.output_weight
         self.model, self.banned, self.stop_ids = model, banned_V.to(weight.device), stop_ids
@@ -145,7 +149,7 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Row]:
-        """Prefill all that waits, or else decode one token for each live row. Returns the rows that ended, in slot order.
+        """Prefill all that waits, or else decode one token a live row. Returns the rows that ended, in slot order.
 
         Raises FloatingPointError for logits that are not finite.
         """
@@ -173,7 +177,7 @@ class Engine:
         return torch.cat(last)
 
     def keep(self, row: Row) -> int:
-        """How many tokens of the prompt the slot holds already; at least one is left to prefill, for its hidden state."""
+        """How many tokens of the prompt the slot holds; at least one is left to prefill, for its hidden state."""
         held, limit, common = self.held[row.slot], len(row.prompt) - 1, 0
         while common < min(len(held), limit) and held[common] == row.prompt[common]:
             common += 1
@@ -185,7 +189,9 @@ class Engine:
         begins = [starts[row.slot] for row in rows]
         counts = [len(row.prompt) - begin for row, begin in zip(rows, begins)]
         tokens = torch.tensor([t for row, begin in zip(rows, begins) for t in row.prompt[begin:]], device=device)
-        position = torch.cat([torch.arange(begin, begin + count, device=device) for begin, count in zip(begins, counts)])
+        position = torch.cat(
+            [torch.arange(begin, begin + count, device=device) for begin, count in zip(begins, counts)]
+        )
         context = Prefill(self.cache, [row.slot for row in rows], begins, counts)
         self.tokens_prefilled += len(tokens)
         return self.model(tokens, position, context)[torch.tensor(counts, device=device).cumsum(0) - 1]
@@ -197,7 +203,8 @@ class Engine:
         tokens = torch.tensor([row.sampled[-1] for row in rows], device=device)
         for row in rows:
             self.held[row.slot].append(row.sampled[-1])
-        return self.model(tokens, position, Decode(self.cache, torch.tensor([row.slot for row in rows], device=device), position))
+        slots = torch.tensor([row.slot for row in rows], device=device)
+        return self.model(tokens, position, Decode(self.cache, slots, position))
 
     def sample(self, rows: list[Row], hidden_BD: Tensor) -> None:
         """Append one sampled id and its log-probability to each row, and set `stop` where the turn ends."""
@@ -224,7 +231,7 @@ class Engine:
 
 
 def inverse_cdf(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """One id per row: the first whose cumulative probability exceeds the row's uniform. Sums in fp64, so the tail counts."""
+    """One id per row: the first whose cumulative probability exceeds the row's uniform. fp64 sums: the tail counts."""
     cumulative = logits_BV.softmax(-1).double().cumsum(-1)
     target = uniform_B[:, None] * cumulative[:, -1:]
     choice = torch.searchsorted(cumulative, target, right=True).squeeze(-1)

@@ -15,6 +15,7 @@ import gzip
 import json
 import math
 import sys
+import zlib
 from collections import defaultdict
 from pathlib import Path
 
@@ -24,13 +25,15 @@ from tqdm import tqdm
 
 from chat import Chat, load_tokenizer, make_chat, system_prompt
 from config import Config, InputError, help_text, load_config, read_saved, save_config
+from dist import checkpoints
 from engine import Engine
-from model import Transformer, ValueHead, banned_ids, load_model
+from model import Transformer, ValueHead, banned_ids, load_model, load_strictly, read_tensors
 from offline import OfflineUser, user_hash
-from rollout import Dialogue, Job, Talk, log_line, run_dialogues
+from rollout import EXCLUDED, Dialogue, Job, Talk, log_line, run_dialogues
 from simulator import INTENTIONS, LANGUAGES, PERSONA_TYPES, EmotionRules, Profile, User, band, canonical, load_profiles
 
 EVAL_STREAM = 1 << 32  # stands where a training step's number does, and is never one
+ENDINGS = ("content", "left", "goodbye", "max_turns", "context_full", "format", EXCLUDED)
 
 
 def pick_device(config: Config) -> torch.device:
@@ -47,10 +50,13 @@ def make_user(config: Config, start: float, mode: str) -> User:
     return OfflineUser(EmotionRules(start=start), mode)
 
 
-def make_engine(config: Config, model: Transformer, chat: Chat, temperature: float, dialogues: int, value_head: ValueHead | None = None) -> Engine:
+def make_engine(
+    config: Config, model: Transformer, chat: Chat, temperature: float, dialogues: int,
+    value_head: ValueHead | None = None,
+) -> Engine:
     """An engine for this model with no more slots than there are dialogues."""
-    banned = banned_ids(chat.tokenizer, model.config.vocab_size, (chat.end,))
-    return Engine(model, banned, (chat.end,), min(config.slots, dialogues), config.context_tokens, temperature, value_head)
+    banned, slots = banned_ids(chat.tokenizer, model.config.vocab_size, (chat.end,)), min(config.slots, dialogues)
+    return Engine(model, banned, (chat.end,), slots, config.context_tokens, temperature, value_head)
 
 
 def make_talk(config: Config, training: bool) -> Talk:
@@ -70,30 +76,42 @@ def evaluate(config: Config, model: Transformer, tokenizer, profiles: list[Profi
     jobs = [Job((i, j), profile) for i, profile in enumerate(profiles) for j in range(config.eval_dialogues)]
     engine = make_engine(config, model, chat, config.eval_temperature, len(jobs))
     user = make_user(config, config.eval_start_emotion, config.eval_user_mode)
+    talk, seed = make_talk(config, training=False), (config.eval_seed, EVAL_STREAM)
     with tqdm(total=len(jobs), desc=title, unit="dialogue", leave=False, dynamic_ncols=True) as bar:
-        return run_dialogues(jobs, engine, chat, user, make_talk(config, training=False), (config.eval_seed, EVAL_STREAM), lambda _: bar.update())
+        return run_dialogues(jobs, engine, chat, user, talk, seed, lambda _: bar.update())
 
 
 def read_log(path: str) -> list[dict]:
     """The dialogues of a log, gzipped or not. Raises InputError naming the line that is off."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such log")
-    rows = []
-    with gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{path}:{number}: not JSON ({error})") from None
-            for key in ("id", "history"):
-                if not isinstance(row, dict) or key not in row:
-                    raise InputError(f"{path}:{number}: no key {key!r}; a SAGE dialogue log is expected")
-            rows.append({**row, "line": number})
+    data, rows = Path(path).read_bytes(), []
+    try:
+        data = gzip.decompress(data) if path.endswith(".gz") else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: not gzip, or cut short ({error})") from None
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: not JSON ({error})") from None
+        wanted = ["id", "history"]
+        if isinstance(row, dict) and row.get("status", "ok") == "ok":
+            wanted += ["emo_point", "emo_state"]
+        for key in wanted:
+            if not isinstance(row, dict) or key not in row:
+                raise InputError(f"{path}:{number}: no key {key!r}; a SAGE dialogue log is expected")
+        rows.append({**row, "line": number})
     if not rows:
         raise InputError(f"{path}: holds no dialogue")
     return rows
+
+
+def without_nan(row: dict) -> dict:
+    """The row with None for the numbers that are not finite: JSON has no word for them."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def completed(rows: list[dict]) -> list[dict]:
@@ -126,39 +144,47 @@ def score_text(path: str, rows: list[dict]) -> str:
     for key, table in (("task", INTENTIONS), ("character", PERSONA_TYPES)):
         groups = defaultdict(list)
         for row in rows:
-            groups[canonical(row[key], table, f"{path}:{row['line']}: key {key!r}")].append(row)
+            groups[canonical(row.get(key, ""), table, f"{path}:{row['line']}: key {key!r}")].append(row)
         lines += [score_line(f"  {name} ({table[name][1]})"[:44], groups[name]) for name in table if name in groups]
     return "\n".join(lines)
 
 
 def mismatches(row: dict, where: str) -> list[str]:
     """What in a logged dialogue does not follow from its appraisals; empty if everything does."""
-    rules, wrong = EmotionRules(), []
+    rules, wrong, ended = EmotionRules(), [], row.get("ended")
     users = [message for message in row["history"] if message["role"] == "user"]
-    if row.get("status", "ok") != "ok" or not users:
-        return []
+    if row.get("status", "ok") != "ok":
+        return [] if ended == EXCLUDED else [f"{where}: status is {row['status']!r}, but it ended as {ended!r}"]
+    if not users:
+        return [f"{where}: status is 'ok', but the history holds no user"]
     emotion = users[0]["emotion-point"]
     for turn, message in enumerate(users[1:], 2):
         emotion = rules.step(emotion, float(message["planning"]["change"]))
         if abs(emotion - message["emotion-point"]) > 1e-6:
-            wrong.append(f"{where}: user turn {turn}: emotion is {message['emotion-point']}, the logged changes give {emotion:g}")
-            emotion = message["emotion-point"]
+            found = message["emotion-point"]
+            wrong.append(f"{where}: user turn {turn}: emotion is {found}, the logged changes give {emotion:g}")
+            emotion = found
         if rules.ending(emotion) and turn < len(users):
             wrong.append(f"{where}: user turn {turn}: the dialogue goes on after an emotion of {emotion:g}")
     if abs(row["emo_point"] - emotion) > 1e-6:
         wrong.append(f"{where}: final emotion is {row['emo_point']}, the last turn's is {emotion:g}")
     if row["emo_state"] != f"Emotion-{band(emotion)}":
         wrong.append(f"{where}: state is {row['emo_state']}, {emotion:g} is Emotion-{band(emotion)}")
-    if "ended" in row:
-        if (row["ended"] in ("content", "left") or rules.ending(emotion)) and row["ended"] not in (rules.ending(emotion), "format"):
-            wrong.append(f"{where}: ended as {row['ended']!r} at an emotion of {emotion:g}")
-        reward = 0.0 if row["ended"] == "format" else emotion / 100
+    if "ended" in row:  # an addition of ours, as is the reward
+        due = rules.ending(emotion)
+        if ended not in ENDINGS or ended == EXCLUDED:
+            wrong.append(f"{where}: ended as {ended!r}, which is no ending of a completed dialogue")
+        elif ended != due and (due or ended in ("content", "left")):
+            wrong.append(f"{where}: ended as {ended!r} at an emotion of {emotion:g}")
+        reward = 0.0 if ended == "format" else emotion / 100
         if abs(row["reward"] - reward) > 1e-9:
             wrong.append(f"{where}: reward is {row['reward']}, {reward:g} follows from the dialogue")
     return wrong
 
 
-def paired_bootstrap(before: dict[str, list[float]], after: dict[str, list[float]], samples: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
+def paired_bootstrap(
+    before: dict[str, list[float]], after: dict[str, list[float]], samples: int = 10_000, seed: int = 0
+) -> tuple[float, float, float]:
     """Mean difference after - before and its 95 % interval, resampling profiles (each the mean of its dialogues).
 
     Raises InputError where the two share no profile.
@@ -181,35 +207,47 @@ def by_profile(rows: list[dict]) -> dict[str, list[float]]:
 
 
 def command_run(argv: list[str]) -> int:
-    """Hold the benchmark with a model folder, a hub name or a run; write OUT/dialogues.jsonl and OUT/result.json."""
+    """Hold the benchmark with a model folder, a hub name or a run (the newest checkpoint of one that is not finished).
+
+    Writes OUT/dialogues.jsonl, OUT/result.json and OUT/result.txt.
+    """
     if not argv or "=" in argv[0]:
         raise InputError("eval.py run wants a model folder, a hub name or a run directory first")
     source, options = argv[0], [arg for arg in argv[1:] if not arg.startswith("out=")]
     out = next((arg[4:] for arg in argv[1:] if arg.startswith("out=")), "")
-    run = Path(source) if (Path(source) / "config.json").is_file() and (Path(source) / "model").is_dir() else None
+    run = Path(source) if (Path(source) / "env.txt").is_file() else None  # a model folder has none
     if run and not any(not arg.count("=") for arg in options):
         saved = dataclasses.asdict(read_saved(run / "config.json"))
         options = [f"{key}={value}" for key, value in saved.items() if value != getattr(Config(), key)] + options
     config = load_config(options)
-    name = str(run / "model") if run else source
-    folder = Path(out or (run / "eval" / "final" if run else Path("runs") / f"eval-{Path(source).name}"))
-    if (folder / "dialogues.jsonl").exists():
-        raise InputError(f"{folder}: holds an evaluation already; give another out=DIR or remove it")
+    newest = checkpoints(run)[-1:] if run and not (run / "model").is_dir() else []
+    if run and not newest and not (run / "model").is_dir():
+        raise InputError(f"{run}: has neither {run / 'model'} nor a checkpoint yet; train on, or see save_every")
+    name = str(newest[0] / "policy.safetensors" if newest else run / "model" if run else source)
+    final = newest[0].name if newest else "final"
+    folder = Path(out or (run / "eval" / final if run else Path("runs") / f"eval-{Path(source).name}"))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "holds an evaluation already" if (folder / "dialogues.jsonl").exists() else "is not an empty folder"
+        raise InputError(f"{folder}: {what}; give another out=DIR or remove it")
     profiles = load_profiles(config.eval_profiles)
     device = pick_device(config)
-    tokenizer = load_tokenizer(config.tokenizer or name)
-    model = load_model(name, config.seed).to(device)
-    dialogues = evaluate(config, model, tokenizer, profiles, "benchmark")
+    if not newest:
+        tokenizer, model = load_tokenizer(config.tokenizer or name), load_model(name, config.seed)
+    else:
+        tokenizer, model = load_tokenizer(config.tokenizer or config.model), load_model(config.model, config.seed)
+        load_strictly(model, read_tensors(Path(name)), name)
+    dialogues = evaluate(config, model.to(device), tokenizer, profiles, "benchmark")
     write_evaluation(folder, config, name, dialogues)
     print((folder / "result.txt").read_text(), end="")
     return 0
 
 
 def write_evaluation(folder: Path, config: Config, model: str, dialogues: list[Dialogue]) -> dict:
-    """dialogues.jsonl, result.json and result.txt in a folder; returns the summary. The settings stand in the result."""
+    """dialogues.jsonl, result.json and result.txt in a folder; returns the summary. The result names the settings."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [log_line(dialogue) for dialogue in dialogues]
-    (folder / "dialogues.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    (folder / "dialogues.jsonl").write_text("".join(lines), encoding="utf-8")
     settings = {
         "model": model,
         "user": f"{config.user} {user_hash()}, {config.eval_user_mode}",
@@ -223,7 +261,7 @@ def write_evaluation(folder: Path, config: Config, model: str, dialogues: list[D
         "think": config.think,
     }
     result = summary(rows)
-    (folder / "result.json").write_text(json.dumps({**result, "settings": settings}, indent=1) + "\n")
+    (folder / "result.json").write_text(json.dumps({**without_nan(result), "settings": settings}, indent=1) + "\n")
     text = "\n".join(f"{key}: {value}" for key, value in settings.items())
     numbered = [{**row, "line": i} for i, row in enumerate(rows, 1)]
     (folder / "result.txt").write_text(f"{text}\n\n{score_text(str(folder / 'dialogues.jsonl'), numbered)}\n")
@@ -238,7 +276,7 @@ def command_score(argv: list[str]) -> int:
         raise InputError("eval.py score wants one log or more")
     logs = {path: read_log(path) for path in paths}
     if "--json" in argv:
-        print(json.dumps([{"file": path, **summary(rows)} for path, rows in logs.items()], indent=1))
+        print(json.dumps([{"file": path, **without_nan(summary(rows))} for path, rows in logs.items()], indent=1))
     else:
         print("\n\n".join(score_text(path, rows) for path, rows in logs.items()))
     return 0
@@ -252,7 +290,11 @@ def command_verify(argv: list[str]) -> int:
     for path in argv:
         for row in read_log(path):
             count += 1
-            wrong += mismatches(row, f"{path}:{row['line']}: dialogue {row['id']}")
+            where = f"{path}:{row['line']}: dialogue {row['id']}"
+            try:
+                wrong += mismatches(row, where)
+            except (KeyError, TypeError, ValueError) as error:
+                raise InputError(f"{where}: not of SAGE's log format ({type(error).__name__}: {error})") from None
     print("\n".join([*wrong, f"{len(wrong)} mismatches in {count} dialogues"]))
     return 1 if wrong else 0
 
@@ -267,7 +309,8 @@ def command_compare(argv: list[str]) -> int:
     for path, rows in zip(argv, logs):
         print(score_line(path if len(path) <= 44 else "..." + path[-41:], rows))
     shared = len(by_profile(logs[0]).keys() & by_profile(logs[1]).keys())
-    print(f"difference {gain:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f} (paired bootstrap over {shared} profiles)")
+    interval = f"95 % interval {low:+.1f} to {high:+.1f}"
+    print(f"difference {gain:+.1f} points, {interval} (paired bootstrap over {shared} profiles)")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""GRPO as pure functions: the advantage of a dialogue is its reward against its group's (arXiv 2402.03300, section 4.1).
+"""GRPO as pure functions: a dialogue's advantage is its reward against its group's (arXiv 2402.03300, section 4.1).
 
 A group is the dialogues held with one profile in one step. Statistics count dialogues, whatever number of turns or
 trajectories each has. The loss itself is PPO's clipped surrogate, with one denominator for the whole step.

@@ -4,12 +4,14 @@ Module names are Hugging Face's, so loading needs no map. The model does not kno
 token ids, their positions, and an attention context, a callable `attend(layer, q, k, v) -> out`. `PackedAttention`
 below is the context for training (documents side by side); `engine.py` has the one for generation (a KV cache).
 
-Shape suffixes: T packed tokens, N trained tokens, D width, H query heads, G key/value heads, K head width, V vocabulary.
+Shape suffixes: T packed tokens, N trained tokens, D width, H query heads, G key/value heads, K head width,
+V vocabulary.
 """
 
 import json
 import math
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from config import InputError
+from config import InputError, find_folder
 
 FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 
@@ -53,8 +55,9 @@ class ModelConfig:
         if family not in FAMILIES:
             raise InputError(f"{where}: architecture {family!r} is not supported; known are {', '.join(FAMILIES)}")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise InputError(f"{where}: rope scaling {rope.get('rope_type', rope.get('type'))!r} is not supported; use a model without it")
+        scaling = rope.get("rope_type", rope.get("type", "default"))
+        if scaling != "default":
+            raise InputError(f"{where}: rope scaling {scaling!r} is not supported; use a model without it")
         if raw.get("use_sliding_window") or raw.get("mlp_bias") or raw.get("hidden_act", "silu") != "silu":
             raise InputError(f"{where}: sliding windows, MLP biases and activations other than silu are not supported")
         try:
@@ -83,7 +86,7 @@ class ModelConfig:
 
 
 def rope_tables(position_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """fp32 cos and sin, each [T, 1, K]. A function, not buffers: nothing to cast to bf16 or to lose on the meta device."""
+    """fp32 cos and sin, each [T, 1, K]. A function, not buffers: nothing to cast to bf16 or to lose on meta."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_T.device) / head_dim)
     angle = position_T.float()[:, None] * frequency
     angle = torch.cat([angle, angle], dim=-1)[:, None, :]
@@ -159,7 +162,7 @@ class Trunk(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A causal language model without its last step: `forward` gives hidden states, `output_weight` turns them into logits.
+    """A causal language model less its last step: `forward` gives hidden states, `output_weight` makes them logits.
 
     `raw` is the Hugging Face config.json, kept to be written back unchanged.
     """
@@ -199,7 +202,7 @@ class Transformer(nn.Module):
 
 
 class ValueHead(nn.Module):
-    """Hidden states [N, D] to values [N], in fp32. Starts as the constant `start`, the reward of a user left unmoved."""
+    """Hidden states [N, D] to values [N], in fp32. Starts as the constant `start`, the reward of an unmoved user."""
 
     def __init__(self, width: int, start: float = 0.0):
         super().__init__()
@@ -230,8 +233,10 @@ class PackedAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if flash_attn_varlen_func is not None and q.is_cuda and q.dtype != torch.float32:
-            return flash_attn_varlen_func(q, k, v, self.cu_seqlens, self.cu_seqlens, self.longest, self.longest, causal=True)
-        documents = zip(*(x.transpose(0, 1).unsqueeze(0).split(self.lengths, dim=2) for x in (q, k, v)))  # [1, heads, t, K]
+            ends, longest = self.cu_seqlens, self.longest
+            return flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, causal=True)
+        # each piece [1, heads, t, K]
+        documents = zip(*(x.transpose(0, 1).unsqueeze(0).split(self.lengths, dim=2) for x in (q, k, v)))
         pieces = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in documents]
         return torch.cat(pieces, dim=2)[0].transpose(0, 1)
 
@@ -274,27 +279,12 @@ def sampling_logits(hidden_ND: Tensor, weight_VD: Tensor, banned_V: Tensor, temp
 
 
 def banned_ids(tokenizer, vocab_size: int, stop_ids: tuple[int, ...]) -> Tensor:
-    """Boolean [V]: ids beyond the tokenizer and special ids other than the stop ids. A sampled <|im_start|> would forge a turn."""
+    """Boolean [V]: ids beyond the tokenizer, and special ids but the stop ids: <|im_start|> would forge a turn."""
     banned = torch.zeros(vocab_size, dtype=torch.bool)
     banned[len(tokenizer) :] = True
     special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
     banned[[i for i in special if i < vocab_size and i not in stop_ids]] = True
     return banned
-
-
-def find_folder(name: str) -> Path:
-    """The local folder of a model: `name` itself, or the hub's snapshot. Raises InputError where there is none."""
-    if Path(name).is_dir():
-        return Path(name)
-    if name.count("/") != 1 or name.startswith((".", "/", "models/", "runs/")):
-        raise InputError(f"{name}: no such model folder; `make demo` makes models/smollm2-135m-instruct, or give a hub name like Qwen/Qwen2.5-7B-Instruct")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "merges.txt", "*.jinja"]))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        raise InputError(f"{name}: neither a folder here nor to be had from the hub ({type(error).__name__})") from None
 
 
 def load_model(name: str, seed: int = 0) -> Transformer:
@@ -354,31 +344,32 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], where: str, ass
     tensors = {n: t for n, t in tensors.items() if not n.endswith("rotary_emb.inv_freq")}
     if "lm_head.weight" not in expected:
         tensors.pop("lm_head.weight", None)
-    for problem, names in (("missing", expected.keys() - tensors.keys()), ("unknown", tensors.keys() - expected.keys())):
+    missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    for problem, names in (("missing", missing), ("unknown", unknown)):
         if names:
-            raise InputError(f"{where}: {len(names)} {problem} tensors, for example {min(names)}; the weights do not fit config.json")
+            example = f"{len(names)} {problem} tensors, for example {min(names)}"
+            raise InputError(f"{where}: {example}; the weights do not fit config.json")
     for name, shape in expected.items():
         if tensors[name].shape != shape:
-            raise InputError(f"{where}: tensor {name} has shape {tuple(tensors[name].shape)}, not {tuple(shape)} as config.json says")
+            found = tuple(tensors[name].shape)
+            raise InputError(f"{where}: tensor {name} has shape {found}, not {tuple(shape)} as config.json says")
     module.load_state_dict({n: t.float() for n, t in tensors.items()}, assign=assign)
     module.requires_grad_(True)
 
 
 def save_model(model: Transformer, tokenizer, folder: Path) -> None:
     """Write a Hugging Face folder: config.json, model.safetensors, tokenizer. Written aside, then renamed."""
-    aside = folder.with_name(folder.name + ".partial")
-    aside.mkdir(parents=True, exist_ok=True)
+    aside, old = (folder.with_name(folder.name + ending) for ending in (".partial", ".old"))
+    for left in (aside, old):  # by a kill
+        shutil.rmtree(left, ignore_errors=True)
+    aside.mkdir(parents=True)
     raw = {**model.raw, "architectures": [FAMILIES[model.config.family]], "dtype": "float32"}
     raw.pop("torch_dtype", None)
     (aside / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-    save_file({n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}, aside / "model.safetensors", metadata={"format": "pt"})
+    weights = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
+    save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(aside)
     if folder.exists():
-        old = folder.with_name(folder.name + ".old")
         os.replace(folder, old)
-        os.replace(aside, folder)
-        for file in old.iterdir():
-            file.unlink()
-        old.rmdir()
-    else:
-        os.replace(aside, folder)
+    os.replace(aside, folder)
+    shutil.rmtree(old, ignore_errors=True)

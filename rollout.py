@@ -101,7 +101,9 @@ class Job:
     profile: Profile
 
 
-def run_dialogues(jobs: list[Job], engine: Engine, chat: Chat, user: User, talk: Talk, seed: tuple[int, ...], progress=None) -> list[Dialogue]:
+def run_dialogues(
+    jobs: list[Job], engine: Engine, chat: Chat, user: User, talk: Talk, seed: tuple[int, ...], progress=None
+) -> list[Dialogue]:
     """Hold all the dialogues, more than slots if need be; returned in key order.
 
     `seed`, for example (seed, step), together with a dialogue's key determines all its noise. A profile without a
@@ -124,7 +126,8 @@ class Stage:
     """The state of `run_dialogues`: which dialogue sits in which slot, and what each event does to it."""
 
     def __init__(self, engine: Engine, chat: Chat, user: User, talk: Talk, seed: tuple[int, ...], progress):
-        self.engine, self.chat, self.user, self.talk, self.seed, self.progress = engine, chat, user, talk, seed, progress
+        self.engine, self.chat, self.user, self.talk = engine, chat, user, talk
+        self.seed, self.progress = seed, progress
         self.active: dict[Key, Dialogue] = {}
         self.done: dict[Key, Dialogue] = {}
         self.slot_of: dict[Key, int] = {}
@@ -153,8 +156,10 @@ class Stage:
         return left
 
     def hear(self, key: Key, answer: UserTurn | Failed) -> None:
-        """A user has answered: with the opening, or to a reply."""
-        dialogue = self.active[key]
+        """A user has answered: with the opening, or to a reply. What an abandoned rollout left over is passed over."""
+        dialogue = self.active.get(key)
+        if dialogue is None:
+            return
         if isinstance(answer, Failed):
             if self.openings.get(key[0], "") is None:
                 del self.openings[key[0]]  # the next member of the group makes the opening
@@ -205,7 +210,7 @@ class Stage:
 
 @dataclass
 class Trajectory:
-    """Parallel lists of equal length; index t speaks of token t. `logp` and `value` are the sampler's, 0 where mask is 0."""
+    """Parallel lists of equal length; index t speaks of token t. `logp`, `value`: the sampler's, 0 where mask is 0."""
 
     key: Key
     tokens: list[int]
@@ -255,8 +260,8 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device."""
-        moved = {name: getattr(self, name).to(device) for name in ("tokens_T", "position_T", "mask_T", "logp_T", "value_T")}
-        return replace(self, **moved)
+        names = ("tokens_T", "position_T", "mask_T", "logp_T", "value_T")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 def pack(items: list[Trajectory]) -> Batch:
@@ -290,7 +295,7 @@ def split(items: list[Trajectory], micro_tokens: int) -> list[list[Trajectory]]:
 
 
 def log_line(dialogue: Dialogue, **extra) -> dict:
-    """A dialogue as one line of SAGE's log format, with what we add: key, status, reasons, thoughts, sampled lengths."""
+    """A dialogue as one line of SAGE's log format and what we add: key, status, reasons, thoughts, sampled lengths."""
     profile, history = dialogue.profile, []
     if dialogue.opening:
         history.append({"role": "user", "content": dialogue.opening.text, "emotion-point": dialogue.opening.emotion})
@@ -303,11 +308,16 @@ def log_line(dialogue: Dialogue, **extra) -> dict:
         history.append(said)
         if turn.user:
             a = turn.user.appraisal
-            planning = {"content": a.content, "TargetCompletion": a.target_completion, "activity": a.activity, "analyse": a.analyse, "change": a.change}
+            planning = {"content": a.content, "TargetCompletion": a.target_completion, "activity": a.activity}
+            planning |= {"analyse": a.analyse, "change": a.change}
             if a.features:
                 planning["features"] = a.features
-            history.append({"role": "user", "content": turn.user.text, "thinking": turn.user.thinking, "emotion-point": turn.user.emotion, "planning": planning})
-    status = {"status": "ok", "emo_point": dialogue.emotion, "emo_state": f"Emotion-{band(dialogue.emotion)}", "reward": dialogue.reward} if dialogue.completed else {"status": "failed", "why": dialogue.why}
+            heard = {"role": "user", "content": turn.user.text, "thinking": turn.user.thinking}
+            history.append({**heard, "emotion-point": turn.user.emotion, "planning": planning})
+    status = {"status": "failed", "why": dialogue.why}
+    if dialogue.completed:
+        state = f"Emotion-{band(dialogue.emotion)}"
+        status = {"status": "ok", "emo_point": dialogue.emotion, "emo_state": state, "reward": dialogue.reward}
     return {
         "id": profile.id,
         **extra,

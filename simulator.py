@@ -38,7 +38,7 @@ LANGUAGES = ("en", "zh")
 
 @dataclass(frozen=True)
 class Profile:
-    """One simulated person. `intention` and `persona_type` are canonical ids; `first_talk` is None if the user opens."""
+    """One simulated person. `intention`, `persona_type` are canonical ids; `first_talk` is None if the user opens."""
 
     id: str
     persona: str
@@ -104,7 +104,7 @@ class Appraisal:
 
 @dataclass(frozen=True)
 class UserTurn:
-    """One answer of a user. The opening has no appraisal and no change. `ended`: "content", "left", "goodbye" or None."""
+    """One answer of a user; the opening has no appraisal, no change. `ended`: "content", "left", "goodbye" or None."""
 
     text: str
     emotion: float
@@ -128,8 +128,8 @@ class User(Protocol):
     """What a simulated user has to be. One object serves many dialogues, told apart by key.
 
     A user that waits on a network does so in threads of its own: none of these calls may block, except `poll` for at
-    most `timeout` seconds. `reset` of a session is never needed: it ends with the answer whose `ended` is set, with
-    `Failed`, or with the object.
+    most `timeout` seconds. A session ends with the answer whose `ended` is set, with `Failed`, or when `start` is
+    called again with its key: what it had still to say is then dropped (an abandoned rollout is begun anew).
     """
 
     def start(self, key: Key, profile: Profile, seed: int) -> None:
@@ -152,12 +152,14 @@ def load_profiles(path: str | Path) -> list[Profile]:
     if not path.is_file():
         raise InputError(f"{path}: no such profile file; give profiles=FILE, for example data/en_train.jsonl")
     profiles, seen = [], {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise InputError(f"{where}: not UTF-8 ({error.reason}); one profile a line, as JSON in UTF-8") from None
         except json.JSONDecodeError as error:
             raise InputError(f"{where}: not JSON ({error.msg}, column {error.colno}); one profile a line") from None
         if not isinstance(row, dict):
@@ -178,7 +180,8 @@ def parse_profile(row: dict, where: str) -> Profile:
     for key in row:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
-            raise InputError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"))
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            raise InputError(f"{where}: unknown key {key!r}; {hint}")
     for key in FIELDS:
         if key not in row:
             raise InputError(f"{where}: key {key!r} is missing")

@@ -14,7 +14,9 @@ own, so that the ratio is 1 and clipping never acts; (5) a run resumes to the bi
 import dataclasses
 import json
 import math
+import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +34,7 @@ from chat import Chat, load_tokenizer, make_chat
 from config import MAY_CHANGE, Config, InputError, help_text, load_config, read_saved, save_config
 from dist import checkpoints, load_checkpoint, save_checkpoint
 from engine import Engine, hash_key
-from eval import evaluate, make_engine, make_talk, make_user, pick_device, user_hash, write_evaluation
+from eval import evaluate, make_engine, make_talk, make_user, pick_device, user_hash, without_nan, write_evaluation
 from model import save_model
 from rollout import Dialogue, Job, Talk, log_line, run_dialogues
 from simulator import Profile, User, load_profiles
@@ -41,6 +43,8 @@ from update import State, build, update
 ORDER_STREAM = 2  # keeps the order of profiles apart from other uses of the seed
 MAX_FAILED = 0.25  # share of a step's dialogues whose user may fail
 MAX_SKIPPED = 5  # non-finite steps in a row before a run gives up
+LEARNT = ("policy/loss", "policy/approx_kl", "policy/clipfrac", "policy/entropy", "policy/grad_norm")
+LEARNT_BY = {"ppo": ("value/loss", "value/explained_variance"), "grpo": ("group/zero_spread",)}
 
 
 class Stop(Exception):
@@ -52,12 +56,16 @@ class Stop(Exception):
 
 
 class Interrupts:
-    """SIGINT and SIGTERM: a rollout or an evaluation is abandoned at once, anything else is finished first."""
+    """SIGINT and SIGTERM within a `with` block: a rollout or an evaluation is abandoned, all else is finished."""
 
-    def __init__(self):
+    def __enter__(self) -> "Interrupts":
         self.abandon, self.received = False, 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
+        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def handle(self, number: int, frame) -> None:
         self.received = number
@@ -102,7 +110,7 @@ def rollout_metrics(dialogues: list[Dialogue], seconds: float, engine_tokens: tu
         "rollout/tokens": engine_tokens[0],
         "rollout/prefill_tokens": engine_tokens[1],
         "rollout/tokens_per_s": engine_tokens[0] / seconds,
-        "rollout/turns": len(turns) / len(dialogues),
+        "rollout/turns": len(turns) / max(1, len(dialogues)),
         "rollout/reply_tokens": fmean(len(turn.sampled_ids) for turn in turns) if turns else 0.0,
         "rollout/reply_cut": fmean(turn.stop != "eos" for turn in turns) if turns else 0.0,
         "simulator/failed": len(dialogues) - len(good),
@@ -114,24 +122,37 @@ def rollout_metrics(dialogues: list[Dialogue], seconds: float, engine_tokens: tu
     return metrics
 
 
-def roll_out(state: State, config: Config, profiles: list[Profile], engine: Engine, chat: Chat, user: User, talk: Talk) -> list[Dialogue]:
-    """The step's dialogues. Raises Stop where too many users failed twice (rule: redo once, then end the run)."""
-    chosen = pick_profiles(profiles, config, state.step)
-    jobs = [Job((group, member), profile) for group, profile in enumerate(chosen) for member in range(config.group_size)]
+def roll_out(
+    state: State, config: Config, profiles: list[Profile], engine: Engine, chat: Chat, user: User, talk: Talk
+) -> tuple[list[Dialogue], dict[str, float]]:
+    """The step's dialogues and their metrics; without dialogues where logits were not finite.
+
+    Raises Stop where too many users failed twice (rule: redo once, then end the run). Metrics are of the last try.
+    """
+    chosen, seed, title = pick_profiles(profiles, config, state.step), (config.seed, state.step), state.step + 1
+    jobs = [Job((group, member), who) for group, who in enumerate(chosen) for member in range(config.group_size)]
     for attempt in range(2):
         engine.forget()
-        with tqdm(total=len(jobs), desc=f"rollout {state.step + 1}", unit="dialogue", leave=False, dynamic_ncols=True) as bar:
-            dialogues = run_dialogues(jobs, engine, chat, user, talk, (config.seed, state.step), lambda _: bar.update())
-        failed = [dialogue for dialogue in dialogues if not dialogue.completed]
+        begun, engine.tokens_sampled, engine.tokens_prefilled = time.perf_counter(), 0, 0
+        with tqdm(total=len(jobs), desc=f"rollout {title}", unit="dialogue", leave=False, dynamic_ncols=True) as bar:
+            try:
+                dialogues = run_dialogues(jobs, engine, chat, user, talk, seed, lambda _: bar.update())
+            except FloatingPointError as error:
+                tqdm.write(f"step {title}: {error}")
+                dialogues = []
+        seconds, failed = time.perf_counter() - begun, [dialogue for dialogue in dialogues if not dialogue.completed]
         if len(failed) <= MAX_FAILED * len(dialogues):
-            return dialogues
-        tqdm.write(f"step {state.step + 1}: {len(failed)} of {len(dialogues)} users failed ({failed[0].why}); {'giving up' if attempt else 'once more'}")
-    raise Stop(f"{len(failed)} of {len(dialogues)} users failed, twice; the first said: {failed[0].why}", 1)
+            return dialogues, rollout_metrics(dialogues, seconds, (engine.tokens_sampled, engine.tokens_prefilled))
+        share = f"{len(failed)} of {len(dialogues)} users failed"
+        tqdm.write(f"step {title}: {share} ({failed[0].why}); {'giving up' if attempt else 'once more'}")
+    raise Stop(f"{share}, twice; the first said: {failed[0].why}", 1)
 
 
 def open_run(config: Config) -> Path:
     """The run directory, ready to be written. Raises InputError where it belongs to another config."""
     run = Path(config.run)
+    if run.exists() and not run.is_dir():
+        raise InputError(f"{run}: is not a folder; give another run=DIR")
     if (run / "config.json").is_file():
         if config.resume == "none":
             raise InputError(f"{run}: exists already; give another run=DIR, or resume=auto to go on with it")
@@ -139,7 +160,8 @@ def open_run(config: Config) -> Path:
         for f in dataclasses.fields(Config):
             old, new = getattr(saved, f.name), getattr(config, f.name)
             if old != new and f.name not in MAY_CHANGE:
-                raise InputError(f"{run}: was begun with {f.name}={old}, not {new}; give another run=DIR, or {f.name}={old} to go on")
+                other = f"{f.name}={old}"
+                raise InputError(f"{run}: was begun with {other}, not {new}; give another run=DIR, or {other} to go on")
     elif run.exists() and any(path.name != "eval" for path in run.iterdir()):
         raise InputError(f"{run}: is not empty and not a run; give another run=DIR")
     return run
@@ -147,23 +169,87 @@ def open_run(config: Config) -> Path:
 
 def write_environment(run: Path) -> None:
     """env.txt: what this ran on."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    lines = [f"python {platform.python_version()}", f"torch {torch.__version__}", f"platform {platform.platform()}", f"threads {torch.get_num_threads()}"]
-    lines += [f"commit {commit.stdout.strip() or 'unknown'}", f"user {user_hash()}"]
+    command, here = ["git", "describe", "--always", "--dirty"], Path(__file__).parent
+    commit = subprocess.run(command, capture_output=True, text=True, cwd=here).stdout.strip()
+    lines = [f"python {platform.python_version()}", f"torch {torch.__version__}", f"platform {platform.platform()}"]
+    lines += [f"threads {torch.get_num_threads()}", f"commit {commit or 'unknown'}", f"user {user_hash()}"]
     (run / "env.txt").write_text("\n".join(lines) + "\n")
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step` from a JSON-lines file: they will be made again."""
+    """Drop the lines of steps after `step`, and what a crash left of a line, from a JSON-lines file.
+
+    They will be made again. A line ends at a newline only: a sampled U+2028 may stand raw within one.
+    """
     if path.is_file():
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept), encoding="utf-8")
+        write_lines(path, [line for line in path.read_bytes().split(b"\n")[:-1] if json.loads(line)["step"] <= step])
+
+
+def write_lines(path: Path, lines: list[bytes]) -> None:
+    """Replace a file, written aside first: a kill leaves the old one or the new."""
+    aside = path.with_name(path.name + ".partial")
+    aside.write_bytes(b"".join(line + b"\n" for line in lines))
+    os.replace(aside, path)
 
 
 def append(path: Path, rows: list[dict]) -> None:
     """Add JSON lines to a file."""
     with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(json.dumps(without_nan(row), ensure_ascii=False) + "\n" for row in rows)
+
+
+def resume(config: Config, run: Path, state: State) -> bool:
+    """Put the state at the checkpoint that `resume` names, if any; returns whether there was one."""
+    folders = {"auto": checkpoints(run)[-1:], "none": []}.get(config.resume, [Path(config.resume)])
+    for folder in folders:
+        state.step = load_checkpoint(folder, state.modules, state.optimisers)
+        print(f"resuming from {folder}")
+    return bool(folders)
+
+
+def prepare_run(config: Config, run: Path, talk: Talk, step: int) -> None:
+    """Write down what the run is, and drop whatever in its directory lies behind `step`."""
+    run.mkdir(parents=True, exist_ok=True)
+    save_config(config, run / "config.json")
+    write_environment(run)
+    systems = json.dumps(talk.systems, ensure_ascii=False, indent=1)
+    (run / "system_prompts.json").write_text(systems + "\n", encoding="utf-8")
+    for name in ("metrics.jsonl", "dialogues.jsonl"):
+        cut_back(run / name, step)
+    later = [folder for folder in checkpoints(run) if int(folder.name[5:]) > step]
+    if later:  # of a branch that the user has left; resume=auto must not take it up again
+        print(f"removing {', '.join(folder.name for folder in later)}: the run goes on from step {step}")
+    for folder in later:
+        shutil.rmtree(folder)
+
+
+def evaluate_step(
+    config: Config, run: Path, state: State, tokenizer, tests: list[Profile], board: SummaryWriter,
+    interrupts: Interrupts,
+) -> None:
+    """The evaluation that is due after this step, added to its metrics; none if it stands there already.
+
+    A run that was stopped during its evaluation begins with it when it is resumed.
+    """
+    path, step = run / "metrics.jsonl", state.step
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    row = json.loads(lines[-1]) if lines else {"step": 0}
+    due = config.eval_every and step and step % config.eval_every == 0
+    if not due or row["step"] != step or "eval/score" in row:
+        return
+    with interrupts.may_abandon():
+        dialogues = evaluate(config, state.policy, tokenizer, tests, f"evaluation {step}")
+    result = write_evaluation(run / "eval" / f"step_{step}", config, f"{run} step {step}", dialogues)
+    scores = {f"eval/{key}": result[key] for key in ("score", "success", "failure")}
+    write_lines(path, [*lines[:-1], json.dumps(without_nan(row | scores)).encode()])
+    write_scalars(board, scores, step)
+
+
+def write_scalars(board: SummaryWriter, metrics: dict[str, float], step: int) -> None:
+    """TensorBoard's copy of the metrics."""
+    for name, amount in metrics.items():
+        if math.isfinite(amount):
+            board.add_scalar(name, amount, step)
 
 
 def train(config: Config, user: User | None = None) -> Path:
@@ -172,68 +258,55 @@ def train(config: Config, user: User | None = None) -> Path:
     profiles, tests = load_profiles(config.profiles), load_profiles(config.eval_profiles) if config.eval_every else []
     chat = make_chat(load_tokenizer(config.tokenizer or config.model), config.think)
     talk, state = make_talk(config, training=True), build(config, device)
-    source = checkpoints(run)[-1:] if config.resume == "auto" else [Path(config.resume)] if config.resume != "none" else []
-    if source:
-        state.step = load_checkpoint(source[0], state.modules, state.optimisers)
-        print(f"resuming from {source[0]}")
-    if state.step >= config.steps and (run / "model").is_dir():
-        print(f"{run} is finished: {state.step} steps. The model lies in {run / 'model'}; steps={state.step + 100} trains on")
-        return run / "model"
-    run.mkdir(parents=True, exist_ok=True)
-    save_config(config, run / "config.json")
-    write_environment(run)
-    (run / "system_prompts.json").write_text(json.dumps(talk.systems, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    for name in ("metrics.jsonl", "dialogues.jsonl"):
-        cut_back(run / name, state.step)
-    engine = make_engine(config, state.policy, chat, config.temperature, config.groups * config.group_size, state.value_head if not state.critic else None)
+    resumed, model = resume(config, run, state), run / "model"
+    if state.step >= config.steps and model.is_dir():
+        print(f"{run} is finished: {state.step} steps. The model lies in {model}; steps={state.step + 100} trains on")
+        return model
+    prepare_run(config, run, talk, state.step)
+    count, head = config.groups * config.group_size, None if state.critic else state.value_head
+    engine = make_engine(config, state.policy, chat, config.temperature, count, head)
     user = user or make_user(config, config.start_emotion, config.user_mode)
     board = SummaryWriter(run / "tb", purge_step=state.step + 1)
-    interrupts, saved, skipped = Interrupts(), state.step if source else -1, 0
+    saved, skipped = state.step if resumed else -1, 0
     bar = tqdm(total=config.steps, initial=state.step, desc=config.algorithm, unit="step", dynamic_ncols=True)
-    try:
-        while state.step < config.steps:
-            begun = time.perf_counter()
-            try:
+    with Interrupts() as interrupts, board, bar:
+        try:
+            while True:
+                evaluate_step(config, run, state, chat.tokenizer, tests, board, interrupts)
+                if state.step >= config.steps:
+                    break
+                begun = time.perf_counter()
                 with interrupts.may_abandon():
-                    engine.tokens_sampled = engine.tokens_prefilled = 0
-                    dialogues = roll_out(state, config, profiles, engine, chat, user, talk)
+                    dialogues, metrics = roll_out(state, config, profiles, engine, chat, user, talk)
                 rolled = time.perf_counter()
-                metrics = rollout_metrics(dialogues, rolled - begun, (engine.tokens_sampled, engine.tokens_prefilled))
                 metrics |= update(state, config, dialogues, engine.banned)
-            except FloatingPointError as error:
-                dialogues, rolled, metrics = [], time.perf_counter(), {"skipped": 1.0}
-                tqdm.write(f"step {state.step + 1}: {error}")
-            state.step += 1
-            metrics |= {"time/update": time.perf_counter() - rolled, "time/step": time.perf_counter() - begun}
-            skipped = skipped + 1 if metrics["skipped"] else 0
-            if skipped:
-                tqdm.write(f"ALARM step {state.step}: numbers that are not finite, or nothing to learn from; the weights were left as they are")
-            append(run / "dialogues.jsonl", [log_line(dialogue, step=state.step) for dialogue in dialogues])
-            if config.eval_every and state.step % config.eval_every == 0:
-                with interrupts.may_abandon():
-                    held = evaluate(config, state.policy, chat.tokenizer, tests, f"evaluation {state.step}")
-                result = write_evaluation(run / "eval" / f"step_{state.step}", config, f"{run} step {state.step}", held)
-                metrics |= {f"eval/{key}": result[key] for key in ("score", "success", "failure")}
-            append(run / "metrics.jsonl", [{"step": state.step, **metrics}])
-            for name, amount in metrics.items():
-                board.add_scalar(name, amount, state.step)
-            bar.update()
-            bar.set_postfix_str(f"emotion {metrics.get('emotion/final', math.nan):.1f}, {metrics['time/step']:.0f} s")
-            if state.step == config.steps or (config.save_every and state.step % config.save_every == 0):
+                for name in (*LEARNT, *LEARNT_BY[config.algorithm], "rollout/sampler_gap"):
+                    metrics.setdefault(name, math.nan)  # every line has every key, though nothing was learnt
+                state.step += 1
+                metrics |= {"time/update": time.perf_counter() - rolled, "time/step": time.perf_counter() - begun}
+                skipped = skipped + 1 if metrics["skipped"] else 0
+                if skipped:
+                    why = "numbers that are not finite, or nothing to learn from"
+                    tqdm.write(f"ALARM step {state.step}: {why}; the weights were left as they are")
+                append(run / "dialogues.jsonl", [log_line(dialogue, step=state.step) for dialogue in dialogues])
+                append(run / "metrics.jsonl", [{"step": state.step, **metrics}])
+                write_scalars(board, metrics, state.step)
+                bar.update()
+                bar.set_postfix_str(f"emotion {metrics['emotion/final']:.1f}, {metrics['time/step']:.0f} s")
+                if state.step == config.steps or (config.save_every and state.step % config.save_every == 0):
+                    save_checkpoint(run, state.step, state.modules, state.optimisers, config.keep)
+                    saved = state.step
+                if skipped >= MAX_SKIPPED:
+                    look = f"lower lr, or look at {run / 'metrics.jsonl'}"
+                    raise Stop(f"{skipped} steps in a row could not be learnt from; {look}", 1)
+                interrupts.check()
+        except Stop:
+            if saved != state.step:
                 save_checkpoint(run, state.step, state.modules, state.optimisers, config.keep)
-                saved = state.step
-            if skipped >= MAX_SKIPPED:
-                raise Stop(f"{skipped} steps in a row could not be learnt from; lower lr, or look at {run / 'metrics.jsonl'}", 1)
-            interrupts.check()
-    except Stop:
-        if saved != state.step:
-            save_checkpoint(run, state.step, state.modules, state.optimisers, config.keep)
-        raise
-    finally:
-        bar.close()
-        board.close()
-    save_model(state.policy, chat.tokenizer, run / "model")
-    return run / "model"
+            raise
+        save_model(state.policy, chat.tokenizer, model)
+        interrupts.check()
+    return model
 
 
 def main(argv: list[str]) -> int:

@@ -52,31 +52,33 @@ def build(config: Config, device: torch.device) -> State:
             critic.lm_head, critic.checkpointing = None, config.checkpointing
     if config.kl_coef:
         reference = load_model(config.model, config.seed).to(device).requires_grad_(False)
-    own, extra = groups(policy, config, config.lr), []
-    if head:
-        extra = groups(head, config, config.critic_lr) + (groups(critic, config, config.critic_lr) if critic else [])
+    own, extra = groups(policy, config.lr, config.warmup, config.weight_decay), []
+    for module in (head, critic):
+        extra += groups(module, config.critic_lr, config.critic_warmup, config.weight_decay) if module else []
     sets = [own, extra] if critic else [own + extra]
     optimisers = [torch.optim.AdamW(chosen, betas=(0.9, 0.95), fused=True) for chosen in sets]
     return State(policy, critic, head, reference, optimisers)
 
 
-def groups(module: nn.Module, config: Config, lr: float) -> list[dict]:
-    """AdamW's parameter groups: weight decay on matrices only. `base_lr` is what warm-up scales."""
+def groups(module: nn.Module, lr: float, warmup: int, weight_decay: float) -> list[dict]:
+    """AdamW's parameter groups: weight decay on matrices only. `warmup` steps scale `base_lr` up to its full value."""
     matrices = [p for p in module.parameters() if p.dim() >= 2]
     others = [p for p in module.parameters() if p.dim() < 2]
-    kinds = ((matrices, config.weight_decay), (others, 0.0))
-    return [{"params": chosen, "lr": lr, "base_lr": lr, "weight_decay": decay} for chosen, decay in kinds if chosen]
+    kinds = ((matrices, weight_decay), (others, 0.0))
+    shared = {"lr": lr, "base_lr": lr, "warmup": warmup}
+    return [{"params": chosen, "weight_decay": decay, **shared} for chosen, decay in kinds if chosen]
 
 
-def set_learning_rates(state: State, config: Config) -> None:
+def set_learning_rates(state: State) -> None:
     """Linear warm-up, then constant: a function of the step alone, so nothing of it needs saving."""
     for optimiser in state.optimisers:
         for group in optimiser.param_groups:
-            warmup = config.warmup if group["base_lr"] == config.lr else config.critic_warmup
-            group["lr"] = group["base_lr"] * min(1.0, (state.step + 1) / max(1, warmup))
+            group["lr"] = group["base_lr"] * min(1.0, (state.step + 1) / max(1, group["warmup"]))
 
 
-def forward(state: State, config: Config, batch: Batch, banned: Tensor, model: Transformer | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+def forward(
+    state: State, config: Config, batch: Batch, banned: Tensor, model: Transformer | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probability, entropy and value (None without a critic) of the batch's N trained tokens, each [N].
 
     The value of token t is that of the state before t: it comes from the same hidden state as t's log-probability.
@@ -85,7 +87,8 @@ def forward(state: State, config: Config, batch: Batch, banned: Tensor, model: T
     attend = PackedAttention(batch.cu_seqlens, batch.tokens_T.device)
     where_N = predictors(batch.mask_T)
     hidden_ND = policy(batch.tokens_T, batch.position_T, attend)[where_N]
-    logp_N, entropy_N = token_logprobs(hidden_ND, policy.output_weight, batch.tokens_T[where_N + 1], banned, config.temperature)
+    target_N = batch.tokens_T[where_N + 1]
+    logp_N, entropy_N = token_logprobs(hidden_ND, policy.output_weight, target_N, banned, config.temperature)
     if model or not state.value_head:
         return logp_N, entropy_N, None
     return logp_N, entropy_N, state.value_head(hidden_ND) if not state.critic else values(state, batch)
@@ -111,10 +114,13 @@ class Piece:
 
 
 @torch.no_grad()
-def prepare(state: State, config: Config, pieces: list[Piece], rewards: dict[Key, Tensor], banned: Tensor) -> dict[str, float]:
+def prepare(
+    state: State, config: Config, pieces: list[Piece], rewards: dict[Key, Tensor], banned: Tensor
+) -> dict[str, float]:
     """Fill the pieces: old values and log-probabilities, then advantages and returns. Returns the metrics of that.
 
-    `rewards` has a vector per dialogue, over its trained tokens. Everything is joined by dialogue: the trained tokens of all its trajectories, in order, are one vector.
+    `rewards` has a vector per dialogue, over its trained tokens. Everything is joined by dialogue: the trained tokens
+    of all its trajectories, in order, are one vector.
     """
     several = config.minibatches * config.epochs > 1
     for piece in pieces:
@@ -131,10 +137,14 @@ def prepare(state: State, config: Config, pieces: list[Piece], rewards: dict[Key
         penalty = by_dialogue(pieces, [config.kl_coef * (piece.old_logp - piece.reference_logp) for piece in pieces])
     metrics = {}
     if config.algorithm == "grpo":
-        total = {key: float(reward_N.sum() - (penalty[key].sum() if penalty else 0.0)) for key, reward_N in rewards.items()}
+        total = {
+            key: float(reward_N.sum() - (penalty[key].sum() if penalty else 0.0))
+            for key, reward_N in rewards.items()
+        }
         advantage, metrics["group/zero_spread"] = grpo.group_advantages(total, config.scale_advantage)
         for piece in pieces:
-            piece.advantage = torch.cat([torch.full((n,), advantage[key]) for key, n in zip(piece.batch.keys, piece.batch.trained)]).to(banned.device)
+            spread = [torch.full((n,), advantage[key]) for key, n in zip(piece.batch.keys, piece.batch.trained)]
+            piece.advantage = torch.cat(spread).to(banned.device)
         return metrics
     value = by_dialogue(pieces, [piece.old_value for piece in pieces])
     advantage, returns = {}, {}
@@ -194,7 +204,10 @@ def learn(state: State, config: Config, pieces: list[Piece], banned: Tensor) -> 
             sums["policy/kl_reference"] += float((ratio.exp() - 1 - ratio).sum())  # k3
         (loss / total).backward()
         gap = (logp.detach() - piece.batch.logp_T[piece.batch.mask_T]).abs()
-        for name, amount in (("policy/loss", policy), ("policy/approx_kl", approx_kl), ("policy/clipfrac", clipped), ("policy/entropy", entropy.sum()), ("rollout/sampler_gap", gap.sum())):
+        for name, amount in (
+            ("policy/loss", policy), ("policy/approx_kl", approx_kl), ("policy/clipfrac", clipped),
+            ("policy/entropy", entropy.sum()), ("rollout/sampler_gap", gap.sum()),
+        ):
             sums[name] += float(amount.detach())
     metrics = {name: amount / total for name, amount in sums.items()}
     finite = all(math.isfinite(amount) for amount in metrics.values())
@@ -228,7 +241,7 @@ def update(state: State, config: Config, dialogues: list[Dialogue], banned: Tens
         parts = split([item for key in chosen for item in items[key]], config.micro_tokens)
         minibatches.append([Piece(pack(part).to(device)) for part in parts])
     metrics = prepare(state, config, [piece for pieces in minibatches for piece in pieces], rewards, banned)
-    set_learning_rates(state, config)
+    set_learning_rates(state)
     steps = [learn(state, config, pieces, banned) for _ in range(config.epochs) for pieces in minibatches if pieces]
     metrics["policy/lr"] = state.optimisers[0].param_groups[0]["lr"]
     return {**metrics, **{name: fmean(step[name] for step in steps) for name in steps[0]}}

@@ -2,8 +2,8 @@
 
     python bench/speed.py [models/smollm2-135m-instruct]
 
-Run it alone on the machine. Generation: 64 new tokens behind a short prompt, batch 1, 8, 32. Training: log-probabilities
-of half the tokens of four packed documents of 330 tokens, and their gradient.
+Run it alone on the machine. Generation: 64 new tokens behind a short prompt, batch 1, 8, 32. Training:
+log-probabilities of half the tokens of four packed documents of 330 tokens, and their gradient.
 """
 
 import sys
@@ -52,7 +52,8 @@ def main() -> None:
     print(f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     for batch in (1, 8, 32):
         runs = [generation(model, chat, batch) for _ in range(3)]
-        print(f"batch {batch:>2}: decode {max(run[1] for run in runs):6.1f} tok/s, prefill {max(run[0] for run in runs):6.1f} tok/s")
+        prefill, decode = (max(run[i] for run in runs) for i in (0, 1))
+        print(f"batch {batch:>2}: decode {decode:6.1f} tok/s, prefill {prefill:6.1f} tok/s")
     banned = banned_ids(chat.tokenizer, model.config.vocab_size, (chat.end,))
     print(f"training, forward and backward: {max(training(model, banned) for _ in range(4)):6.1f} tok/s")
 

@@ -3,7 +3,6 @@
     python scripts/demo.py configs/demo.py [key=value ...]
 """
 
-import dataclasses
 import subprocess
 import sys
 import time
@@ -45,7 +44,8 @@ expect     about 15 minutes on two CPU cores""")
         run("eval.py", "run", f"{config.run}/model", *argv, f"out={after}")
     run("eval.py", "compare", f"{before}/dialogues.jsonl", f"{after}/dialogues.jsonl")
     minutes = (time.time() - begun) / 60
-    print(f"\n{minutes:.1f} minutes. Read the dialogues: {before}/dialogues.jsonl, {after}/dialogues.jsonl. Curves: tensorboard --logdir {config.run}/tb")
+    print(f"\n{minutes:.1f} minutes. Read the dialogues: {before}/dialogues.jsonl, {after}/dialogues.jsonl. "
+          f"Curves: tensorboard --logdir {config.run}/tb")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,8 @@ def dialogue(row: dict) -> list[str]:
             change = f" ({message['planning']['change']:+g})" if "planning" in message else ""
             lines.append(f"> **{message['emotion-point']:g}**{change} {quote(message['content'])}")
         else:
-            lines.append(f"> &nbsp;&nbsp;&nbsp;&nbsp;*model:* {quote(message['content'])}{' [cut]' if message['stop'] == 'cap' else ''}")
+            cut = " [cut]" if message["stop"] == "cap" else ""
+            lines.append(f"> &nbsp;&nbsp;&nbsp;&nbsp;*model:* {quote(message['content'])}{cut}")
         lines.append(">")
     return lines[:-1]
 
@@ -104,7 +105,8 @@ def main() -> None:
     if args.png:
         curves(args.runs, args.png)
     if args.dialogues:
-        head = ["# Dialogues of the demo, before and after", "", "Written by `scripts/demo_report.py`; bold is the user's emotion (start 40), in brackets its change.", ""]
+        legend = "Written by `scripts/demo_report.py`; bold is the user's emotion (start 40), in brackets its change."
+        head = ["# Dialogues of the demo, before and after", "", legend, ""]
         args.dialogues.write_text("\n".join(head + dialogues(args.runs[0])), encoding="utf-8")
 
 

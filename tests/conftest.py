@@ -76,8 +76,10 @@ class ScriptedUser:
         self.profiles, self.emotion, self.heard, self.queue = {}, {}, {}, []
 
     def start(self, key, profile, seed):
+        self.queue = [item for item in self.queue if item[1] != key]
         self.profiles[key], self.emotion[key], self.heard[key] = profile, self.rules.start, []
-        self.queue.append([self.delay(key, 0), key, UserTurn(profile.first_talk or f"Hello, I am {profile.id}.", self.rules.start)])
+        opening = UserTurn(profile.first_talk or f"Hello, I am {profile.id}.", self.rules.start)
+        self.queue.append([self.delay(key, 0), key, opening])
 
     def tell(self, key, reply):
         self.heard[key].append(reply)
@@ -86,10 +88,10 @@ class ScriptedUser:
         if isinstance(change, Failed):
             answer = change
         else:
-            self.emotion[key] = self.rules.step(self.emotion[key], change)
+            emotion = self.emotion[key] = self.rules.step(self.emotion[key], change)
             appraisal = Appraisal("said", "served", "thought", "felt", change)
             text = f"{self.profiles[key].id} says {turn}"
-            answer = UserTurn(text, self.emotion[key], appraisal, self.rules.change(change), self.rules.ending(self.emotion[key]))
+            answer = UserTurn(text, emotion, appraisal, self.rules.change(change), self.rules.ending(emotion))
         self.queue.append([self.delay(key, turn), key, answer])
 
     def poll(self, timeout):

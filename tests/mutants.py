@@ -22,7 +22,8 @@ LEFT_OUT = shutil.ignore_patterns(".venv*", ".git", "models", "runs", "__pycache
 
 def passes(folder: Path, test: str) -> bool:
     """Whether the test is green in that copy. Raises RuntimeError where it was not run at all."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{test.removeprefix('tests/')}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command.append(f"tests/{test.removeprefix('tests/')}")
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode not in (0, 1):
         raise RuntimeError(f"{test}: pytest exited with {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")

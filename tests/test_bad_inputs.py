@@ -213,8 +213,8 @@ EVAL = {
     "run over a result": (nothing, "RUN out=result", "result | already | out=DIR"),
     "run into a model folder": (nothing, "RUN out=other", "other | out=DIR"),
     "run into a file": (nothing, "RUN out=people.jsonl", "people.jsonl"),
-    "run of a run that has no model yet": (
-        lambda: shutil.rmtree("run/model"),
+    "run of a run that has neither model nor checkpoint yet": (
+        lambda: (shutil.rmtree("run/model"), shutil.rmtree("run/ckpt")),
         "run run eval_profiles=people.jsonl out=new",
         "run/model",
     ),

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -347,14 +348,27 @@ def test_a_run_is_evaluated_with_its_own_settings(bench, capsys):
     assert (result["n"], again["n"]) == (4, 2)
 
 
+def test_a_run_without_a_model_yet_is_evaluated_at_its_newest_checkpoint(bench):
+    options = dict(model="shape.json", tokenizer="bytes", profiles="two.jsonl", eval_profiles="two.jsonl", lr=0.05)
+    options |= dict(system="system.txt", groups=2, group_size=1, max_turns=1, reply_tokens=12, steps=1, warmup=0)
+    train.train(Config(run="mine", critic="head", **options), ScriptedUser(lambda *_: -5.0))
+    main(["run", "mine", "out=finished"])
+    shutil.rmtree("mine/model")
+    assert main(["run", "mine"]) == 0
+    main(["run", "shape.json", *[f"{key}={value}" for key, value in options.items()], "out=untrained"])
+    folders = ("finished", "mine/eval/step_1", "untrained")
+    first, second, other = (Path(folder, "dialogues.jsonl").read_bytes() for folder in folders)
+    assert first == second != other
+
+
 @pytest.mark.parametrize("arguments, words", [([], "model folder"), (["steps=3"], "model folder")])
 def test_run_wants_a_model(arguments, words):
     with pytest.raises(InputError, match=words):
         main(["run", *arguments])
 
 
-def test_every_command_of_the_design_is_there():
-    assert list(evaluation.COMMANDS) == ["run", "chat", "export", "score", "verify", "compare", "report"]
+def test_the_commands_that_there_are():
+    assert list(evaluation.COMMANDS) == ["run", "score", "verify", "compare"]
 
 
 if __name__ == "__main__":

@@ -192,6 +192,18 @@ def test_the_signal_handlers_are_given_back(tiny):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+def test_a_signal_while_the_model_is_saved_lets_the_save_finish(tiny, monkeypatch, capsys):
+    config = tiny(steps=1)
+    with monkeypatch.context() as patch, pytest.raises(train.Stop) as stop:
+        patch.setattr(train, "save_model", lambda *args: os.kill(os.getpid(), signal.SIGINT) or real(*args))
+        real = sys.modules["model"].save_model
+        go(config)
+    assert stop.value.code == 130
+    assert {"config.json", "model.safetensors"} <= set(os.listdir(Path(config.run) / "model"))
+    go(config)
+    assert "is finished: 1 steps" in capsys.readouterr().out
+
+
 def command(config):
     """train.py with this config in a process of its own."""
     return subprocess.Popen(

@@ -290,14 +290,15 @@ def test_numbers_that_are_not_finite_leave_the_weights_bit_equal_and_count_as_sk
 @pytest.mark.parametrize("critic", ["head", "trunk"])
 @pytest.mark.parametrize("lr, critic_lr", [(1e-3, 4e-3), (1e-3, 1e-3)])
 def test_learning_rates_warm_up_linearly_each_over_its_own_steps(make, critic, lr, critic_lr):
-    config, state = make(f"ppo {critic}", lr=lr, critic_lr=critic_lr, warmup=2, critic_warmup=4)
+    state = make(f"ppo {critic}", lr=lr, critic_lr=critic_lr, warmup=2, critic_warmup=4)[1]
     policy = {id(p) for p in state.policy.parameters()}
     for state.step, shares in enumerate([(0.5, 0.25), (1, 0.5), (1, 0.75), (1, 1), (1, 1)]):
-        set_learning_rates(state, config)
+        set_learning_rates(state)
         for group in (group for optimiser in state.optimisers for group in optimiser.param_groups):
             own = id(group["params"][0]) in policy
             assert group["lr"] == pytest.approx(lr * shares[0] if own else critic_lr * shares[1])
-    set_learning_rates(state, dataclasses.replace(config, warmup=0, critic_warmup=0))
+    state = make(f"ppo {critic}", lr=lr, critic_lr=critic_lr, warmup=0, critic_warmup=0)[1]
+    set_learning_rates(state)
     assert {group["lr"] for optimiser in state.optimisers for group in optimiser.param_groups} == {lr, critic_lr}
 
 
