@@ -7,4 +7,4 @@ import dataclasses
 
 from configs.demo import config as demo
 
-config = dataclasses.replace(demo, algorithm="grpo", credit="final", groups=3, group_size=4)
+config = dataclasses.replace(demo, algorithm="grpo", groups=3, group_size=4)
