@@ -2,7 +2,7 @@
 
     make demo          or, the training alone: python train.py configs/demo.py
 
-Two CPU cores, fp32. Model: SmolLM2-135M-Instruct. User: offline, vanilla. Training: 14 steps of 12 dialogues (6 people
+Two CPU cores, fp32. Model: SmolLM2-135M-Instruct. User: offline, vanilla. Training: 32 steps of 12 dialogues (6 people
 x 2) of 2 turns, replies of at most 32 tokens, emotion starts at 50. Benchmark: 24 people never trained on x 3 dialogues
 of at most 8 replies (7 scored), emotion starts at 40. Temperature 1 in both; seed 0, benchmark seed 1000.
 """
@@ -18,14 +18,14 @@ config = Config(
     reply_tokens=32,
     context_tokens=1024,
     slots=72,
-    steps=14,
+    steps=32,
     lr=2e-4,
     warmup=2,
     critic_lr=1e-5,
     critic_warmup=0,
     entropy_coef=0.0,
     micro_tokens=2400,
-    save_every=7,
+    save_every=8,
     eval_max_turns=8,
     eval_dialogues=3,
 )
