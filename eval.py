@@ -77,8 +77,8 @@ def evaluate(config: Config, model: Transformer, tokenizer, profiles: list[Profi
     engine = make_engine(config, model, chat, config.eval_temperature, len(jobs))
     user = make_user(config, config.eval_start_emotion, config.eval_user_mode)
     talk, seed = make_talk(config, training=False), (config.eval_seed, EVAL_STREAM)
-    with tqdm(total=len(jobs), desc=title, unit="dialogue", leave=False, dynamic_ncols=True) as bar:
-        return run_dialogues(jobs, engine, chat, user, talk, seed, lambda _: bar.update())
+    with tqdm(total=len(jobs) * talk.max_turns, desc=title, unit="reply", leave=False, dynamic_ncols=True) as bar:
+        return run_dialogues(jobs, engine, chat, user, talk, seed, bar.update)
 
 
 def read_log(path: str) -> list[dict]:

@@ -193,6 +193,8 @@ def malformed(text: str, items: list[str], lex: SimpleNamespace, cut: bool) -> f
     loops = sum(a == b for a, b in zip(items, items[1:])) / n + clip(0.6 - len(set(items)) / n)
     faults = 4 * loops + 0.5 * (not cut and lex.cues["verb"].search(text.lower()) is None)
     if lex.language == "en":
+        most = max(1.6 * items.count("your"), *map(items.count, items)) / n  # "your hand will hold your eye for your ear"
+        faults += clip((most - 0.2) / 0.12) if n >= 8 else 0.0
         kinds = [next((kind for kind, words in lex.classes.items() if item in words), "") for item in items]
         pairs = [f"{x} {y}" for x, y, a, b in zip(items, items[1:], kinds, kinds[1:]) if b in banned.get(a, "").split()]
         wrong = sum(x not in grammar["allowed"] for x in pairs) + (not cut and items[-1] in grammar["openers"].split())

@@ -107,7 +107,8 @@ def run_dialogues(
     """Hold all the dialogues, more than slots if need be; returned in key order.
 
     `seed`, for example (seed, step), together with a dialogue's key determines all its noise. A profile without a
-    first line gets one from its user, once for the whole group. `progress(dialogue)` is called as each one ends.
+    first line gets one from its user, once for the whole group. `progress(n)` is called as n replies are done or will
+    not be needed, len(jobs) * max_turns in all.
     """
     stage = Stage(engine, chat, user, talk, seed, progress)
     waiting = sorted(jobs, key=lambda job: job.key)
@@ -127,7 +128,7 @@ class Stage:
 
     def __init__(self, engine: Engine, chat: Chat, user: User, talk: Talk, seed: tuple[int, ...], progress):
         self.engine, self.chat, self.user, self.talk = engine, chat, user, talk
-        self.seed, self.progress = seed, progress
+        self.seed, self.progress = seed, progress or (lambda count: None)
         self.active: dict[Key, Dialogue] = {}
         self.done: dict[Key, Dialogue] = {}
         self.slot_of: dict[Key, int] = {}
@@ -194,6 +195,7 @@ class Stage:
         turn = dialogue.turns[-1]
         turn.sampled_ids, turn.logps, turn.values, turn.stop = row.sampled, row.logps, row.values, row.stop
         turn.reply = self.chat.read(row.sampled)
+        self.progress(1)
         if turn.reply.violation and self.talk.strict_format:
             return self.end(dialogue, "format")
         if len(dialogue.turns) == self.talk.max_turns and not self.talk.appraise_last:
@@ -204,8 +206,7 @@ class Stage:
         dialogue.ended, dialogue.why = reason, why
         self.done[dialogue.key] = self.active.pop(dialogue.key)
         del self.key_in[self.slot_of.pop(dialogue.key)]
-        if self.progress:
-            self.progress(dialogue)
+        self.progress(self.talk.max_turns - len(dialogue.turns))
 
 
 @dataclass

@@ -134,9 +134,10 @@ def roll_out(
     for attempt in range(2):
         engine.forget()
         begun, engine.tokens_sampled, engine.tokens_prefilled = time.perf_counter(), 0, 0
-        with tqdm(total=len(jobs), desc=f"rollout {title}", unit="dialogue", leave=False, dynamic_ncols=True) as bar:
+        replies = len(jobs) * talk.max_turns
+        with tqdm(total=replies, desc=f"rollout {title}", unit="reply", leave=False, dynamic_ncols=True) as bar:
             try:
-                dialogues = run_dialogues(jobs, engine, chat, user, talk, seed, lambda _: bar.update())
+                dialogues = run_dialogues(jobs, engine, chat, user, talk, seed, bar.update)
             except FloatingPointError as error:
                 tqdm.write(f"step {title}: {error}")
                 dialogues = []

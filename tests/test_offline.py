@@ -456,3 +456,19 @@ def test_any_text_gives_a_bounded_change(text, intention, language, mode):
 
 def test_user_hash_is_sixteen_hex_digits():
     assert len(user_hash()) == 16 and int(user_hash(), 16) >= 0
+
+
+# What a policy came to after 32 steps of PPO: the person's nouns, strung on "your".
+LEARNT = (
+    "Your person can see your companions and your people you're following, so your person carrying a banner with your"
+    " carrier of your person carrying your person taking notes is your",
+    "Your extra cloth you usually wear will do you part right now, take your astro shoes that don't support your right"
+    " eye will hold your cane for your zodiac",
+)
+
+
+@pytest.mark.parametrize("reply", LEARNT)
+def test_nouns_strung_on_your_earn_nothing(reply):
+    person = load_profiles(Path(__file__).parent.parent / "data" / "en_test.jsonl")[0]
+    said = [person.first_talk, "My person on the banner carries notes, and my eye hurts behind the zodiac cloth."]
+    assert appraise(person, "vanilla", said, [], reply).change < -3
