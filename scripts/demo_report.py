@@ -63,7 +63,8 @@ def interval(before: dict, after: dict) -> str:
 
 def quote(text: str) -> str:
     """Untrusted text as one quoted Markdown line."""
-    return html.escape(" ".join(text.split()), quote=False).translate({ord(c): "\\" + c for c in "*_`[]#|~"}) or "(nothing)"
+    harmless = html.escape(" ".join(text.split()), quote=False)
+    return harmless.translate({ord(c): "\\" + c for c in "*_`[]#|~"}) or "(nothing)"
 
 
 def dialogue(row: dict) -> list[str]:
