@@ -11,6 +11,7 @@ import hashlib
 import math
 import re
 import tomllib
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,11 +37,14 @@ PERSONA = {"negative": (0.85, 1.2), "passive": (1.0, 1.0), "avoidant": (1.0, 0.9
 # Share that an ungrounded move keeps; most points of moves beside an unserved intention; cost of not serving it.
 MODES = {"vanilla": (0.15, 2.6, 2.0), "challenging": (0.05, 0.5, 2.8)}
 SOFTNESS = (6.5, 12.0)  # gains, costs: points p become 10 * (1 - exp(-p / softness)), so the second adds less
-COSTS = {"repetition": 5.0, "parroting": 5.0, "garbled": 9.0, "off_topic": 5.5, "strange": 3.0,
+COSTS = {"repetition": 5.0, "parroting": 5.0, "garbled": 9.0, "off_topic": 5.5,
          "wrong_language": 8.0, "stuffing": 4.0, "too_short": 3.0, "too_long": 6.0, "cut": 0.15}  # points at full strength, for any intention
 LENGTHS = {"en": (3, 16, 120, 520), "zh": (4, 24, 260, 1100)}  # shortest, good from, to, longest: words, characters
 # Shared content units that ground a sentence by 63 %; new ones that add something; tokens of a sentence that counts.
 GROUND, NEW, WHOLE = {"en": 1.0, "zh": 1.8}, {"en": 4, "zh": 8}, {"en": 10, "zh": 16}
+# Mean log-probability of the words of what is well said and of word salad: a sentence of it, all of it.
+OTHER, FOREIGN = -4.0, -8.0  # what a word that is not of the story costs beside that: an everyday word, any other
+NATURAL = {"en": ((-6.7, -8.2), (-6.0, -7.2)), "zh": ((-6.5, -7.3), (-6.15, -6.55))}
 NGRAM = {"en": 4, "zh": 6}  # length of the n-grams that are copied from the user
 SAID = {"en": (5, 34), "zh": (8, 85)}  # how long a fact may be to be told: words, characters
 
@@ -53,7 +57,7 @@ def lexicon(language: str) -> SimpleNamespace:
     function = frozenset(raw["function_words"].split() if english else raw["function_words"])
     return SimpleNamespace(
         language=language, raw=raw, function=function, stop=function if english else frozenset(raw["stop_characters"]),
-        common={stem(word) for word in raw["common_words"].split()},
+        common={stem(word) for word in raw.get("common_words", "").split()},
         generic={stem(word) if english else word for word in raw["generic_words"].split()},
         cues={name: re.compile(edge % "|".join(cue.splitlines())) for name, cue in raw["cues"].items()},
         frames=dict(zip(function, function)) | {x: kind for kind, xs in raw["frames"].items() for x in xs.split()},
@@ -127,7 +131,8 @@ def story(profile: Profile, said: list[str], lex: SimpleNamespace) -> SimpleName
     scene, others, who = scene_facts(profile)
     copied = {gram for text in said for gram in copies(tokens(text), lex)}
     said, last = (units(" ".join(part), lex) for part in (said, said[-1:]))
-    return SimpleNamespace(lex=lex, said=said, scene=scene - said, last=last, copied=copied, others=others, who=who)
+    words = said | scene | (set(tokens(profile.scene)) if profile.language == "zh" else set())
+    return SimpleNamespace(lex=lex, words=words, said=said, scene=scene - said, last=last, copied=copied, others=others, who=who)
 
 
 @dataclass
@@ -137,6 +142,7 @@ class Sentence:
     before: str  # the two sentences before it, for moves that span some
     items: list[str]
     told: SimpleNamespace  # the story it is held against
+    logps: tuple | list = ()  # of its words in the speech of a good friend
     # tied to this person's story by its own words; or by a neighbour's; well-formed; how far it has the form of one
     # said before; share of its tokens copied from the user; neither said before nor copied
     ground = tied = sound = again = copied = fresh = 0.0
@@ -184,30 +190,51 @@ DETECTORS = {
 MOVES = tuple(DETECTORS)
 
 
-def malformed(text: str, items: list[str], lex: SimpleNamespace, cut: bool) -> float:
-    """0 for a sentence of the language, 1 for word salad: banned neighbours, no verb, too few function words, loops."""
-    if len(items) < 4:
-        return 0.0
-    grammar, banned, n = lex.raw["grammar"], lex.raw["grammar"]["banned"], len(items)
-    function = sum(item in lex.function for item in items) / n
-    loops = sum(a == b for a, b in zip(items, items[1:])) / n + clip(0.6 - len(set(items)) / n)
-    faults = 4 * loops + 0.5 * (not cut and lex.cues["verb"].search(text.lower()) is None)
-    if lex.language == "en":
-        most = max(1.6 * items.count("your"), *map(items.count, items)) / n  # "your hand will hold your eye for your ear"
-        faults += clip((most - 0.2) / 0.12) if n >= 8 else 0.0
-        kinds = [next((kind for kind, words in lex.classes.items() if item in words), "") for item in items]
-        pairs = [f"{x} {y}" for x, y, a, b in zip(items, items[1:], kinds, kinds[1:]) if b in banned.get(a, "").split()]
-        wrong = sum(x not in grammar["allowed"] for x in pairs) + (not cut and items[-1] in grammar["openers"].split())
-        wrong += sum(x.lower() in lex.function for x in re.findall(r"(?<=[a-z,] )[A-Z][a-z]\w*", text))  # "roll You"
-        runs = map(len, "".join("|" if item in lex.function else "x" for item in items).split("|"))
-        odd = sum(bool(re.search(r"^[b-df-hj-np-tv-xz]{2,}$|[b-df-hj-np-tv-xz]{6}|(.)\1\1", item)) for item in items)
-        return clip(faults + (10 * wrong + 5 * odd) / n + clip(1.5 - 5 * function) + clip(max(runs) / 5 - 1.2)
-                    + clip(n / 30 - 1.7))
-    clauses = re.findall(r"[\u4e00-\u9fff]+", re.sub("[“「『][^”」』]*[”」』]", "某某", text)) or [" "]
-    wrong = sum(clause[0] in grammar["openers"] for clause in clauses) + len(lex.cues["broken"].findall(text))
-    wrong += sum(b in banned.get(a, "") for clause in clauses for a, b in zip(clause, clause[1:])) + sum(
-        clause[-1] in grammar["closers"] for clause in clauses[: -1 if cut else None])
-    return clip(faults + 14 * wrong / n + clip(1.2 - 6 * function) + clip((max(map(len, clauses)) - 30) / 20))
+def blank(word: str) -> str:
+    """What stands for a word of somebody's story: its ending, which says much of its part of speech."""
+    return "_" + (re.search(r"ing$|ed$|ly$|s$|$", word)[0] if len(word) > 3 else "")
+
+
+@functools.cache
+def speech(language: str) -> SimpleNamespace:
+    """Trigram counts over data/offline/LANGUAGE_talk.txt, our sample of how a good friend talks, sentence by sentence."""
+    lines = (DATA / f"{language}_talk.txt").read_text(encoding="utf-8").splitlines()
+    parts = [tokens(part) for line in lines for part in sentences(line)]
+    known = {word for word, n in Counter(word for part in parts for word in part).items() if n > 1}
+    known |= lexicon(language).function
+    followers: dict[tuple, Counter] = {}
+    for part in parts:
+        items = ["<", "<", *(word if word in known else blank(word) for word in part), ">"]
+        for i in range(2, len(items)):
+            for n in range(3):
+                *context, word = items[i - n : i + 1]
+                followers.setdefault(tuple(context), Counter())[word] += 1
+    return SimpleNamespace(known=known, followers=followers)
+
+
+def naturalness(items: list[str], story: set[str], lex: SimpleNamespace, cut: bool) -> list[float]:
+    """Natural log-probability of each word of a sentence in that speech; a word of the story stands for any other's.
+
+    Trigrams interpolated by Witten and Bell (1991). A word that is neither known nor the story's has next to none.
+    """
+    model, result, own = speech(lex.language), [], []
+    for word in items:
+        mine = bool({word, stem(word)} & story)
+        own.append((word, 0) if word in model.known else (blank(word), 0 if mine else OTHER if stem(word) in lex.common else FOREIGN))
+    words = ["<", "<", *(w for w, _ in own), *([] if cut else ">")]
+    for i in range(2, len(words)):
+        p = 1e-6
+        for n in range(3):
+            if seen := model.followers.get(tuple(words[i - n : i])):
+                p = (seen[words[i]] + len(seen) * p) / (seen.total() + len(seen))
+        result.append(math.log(p) + (own[i - 2][1] if i - 2 < len(own) else 0))
+    return result
+
+
+def salad(logps: list[float], part: int, language: str) -> float:
+    """0 for what people say, 1 for word salad; a few words prove little."""
+    fine, bad = NATURAL[language][part]
+    return clip((fine - (sum(logps) + 3 * fine) / (len(logps) + 3)) / (fine - bad))
 
 
 @functools.lru_cache(4096)
@@ -226,7 +253,9 @@ def read(reply: str, told: SimpleNamespace, earlier: list[str], lex: SimpleNames
         items, own, frame = tokens(part), units(part, lex), skeleton(part, lex.language)
         s = Sentence(part.lower().replace("’", "'"), " ".join(s.text for s in result[-2:]), items, told)
         s.ground = 1 - math.exp(-(len(own & told.said) + 0.6 * len(own & told.scene)) / GROUND[lex.language])
-        s.sound = 1 - malformed(part, items, lex, part is parts[-1] and re.search(r"\w$", part) is not None)
+        s.logps = naturalness(items, told.words, lex, cut=part is parts[-1] and re.search(r"\w$", part) is not None)
+        loops = clip(0.6 - len(set(items)) / len(items))
+        s.sound = 1 - clip(salad(s.logps, 0, lex.language) + 4 * loops)
         alike = max((2 * len(frame & old) / (len(frame) + len(old)) for old in frames if frame), default=0.0)
         s.again = clip((alike - 0.4) / 0.4) if frame else float(part in " ".join(earlier))
         frames.append(frame)  # a reply that loops repeats itself too
@@ -261,7 +290,8 @@ def measure(profile: Profile, mode: str, said: list[str], earlier: list[str], re
     f["repetition"] = clip((sum(s.again * len(s.items) for s in parts) / size - 0.3) / 0.35)
     f["parroting"] = clip((sum(s.copied * len(s.items) for s in parts) / size - 0.4) / 0.4)
     junk = len(re.findall(r"<[|/\w][^>]*>|\{\{|\\\\n|\ufffd|[^\w\s]{5,}|(.)\1{4,}", reply)) / 3
-    f["garbled"] = clip(2.8 * sum((1 - s.sound) * len(s.items) for s in parts) / size - 0.2 + junk) if parts else 0.0
+    f["garbled"] = clip(salad([x for s in parts for x in s.logps], 1, lex.language) + junk
+                        + clip(2.8 * sum((1 - s.sound) * len(s.items) for s in parts) / size - 0.2))
     chinese = cjk_share("".join(re.findall(r"\w", reply)))
     f["wrong_language"] = clip((chinese if profile.language == "en" else 0.7 - chinese) * 2.5) if parts else 0.0
     shortest, enough, fine, longest = LENGTHS[profile.language]
@@ -271,10 +301,7 @@ def measure(profile: Profile, mode: str, said: list[str], earlier: list[str], re
     f["cut"] = float(bool(parts) and re.search(r"\w\s*$", reply) is not None)
     f["ground"] = max((s.ground * s.sound * s.fresh for s in parts), default=0.0)
     f["off_topic"] = clip(1 - 1.2 * max(f["ground"], 0.4 * max(f["raw_" + move] for move in MOVES if move != "reflection")))
-    own = units(reply, lex)
-    rare = own - told.said - told.scene - lex.common
-    f["strange"] = clip((len(rare) / max(4, len(own)) - 0.25) / 0.5) if lex.common else 0.0
-    f["new"] = clip(len(own - told.last) / NEW[profile.language])
+    f["new"] = clip(len(units(reply, lex) - told.last) / NEW[profile.language])
     return f
 
 
@@ -289,7 +316,8 @@ def score(f: dict[str, float], profile: Profile, mode: str) -> tuple[float, floa
     core = sum(points[move] for move in points if weights[move] >= PRIMARY)
     core *= 1 - 0.8 * clip(1.4 * (other - own))  # done in passing while the reply is about something else
     gate = f["new"] * (1 - 0.7 * f["too_short"]) * (1 - f["too_long"])
-    gate *= math.prod(1 - f[name] for name in ("repetition", "parroting", "garbled", "wrong_language", "stuffing"))
+    gate *= math.prod(1 - f[name] for name in ("repetition", "parroting", "wrong_language", "stuffing"))
+    gate *= 1 - clip(2 * f["garbled"])
     served = clip(core / 6) * gate
     beside = sum(points[move] for move in points if weights[move] < PRIMARY)
     earned = (core + max(min(beside, warmth), beside * served)) * gate
