@@ -23,25 +23,25 @@ FAULTS = ("cliche", "lecture", "blame", "flattery", "markdown")
 # Emotion points of one grounded move, by hidden intention; negative: the wrong need, which costs grounded or not.
 WEIGHTS = {
     #             valid  refl  quest growth advice praise motiv persp agree |  clich  lect  blame  flat  markd
-    "praise":    (1.5,   1.5,  0.5,  -1.0,  -2.0,   9.0, -0.5, -1.0,  1.0,    -1.5, -2.0, -5.0, -3.0, -1.5),
+    "praise":    (2.4,   1.5,  0.5,  -1.0,  -2.0,   9.0, -0.5, -1.0,  1.0,    -1.5, -2.0, -5.0, -3.0, -1.5),
     "listening": (4.5,   4.0,  4.0,  -1.0,  -5.0,   0.5, -1.0, -2.0,  0.5,    -2.0, -3.0, -5.0, -2.0, -2.5),
     "empathy":   (7.5,   3.5,  1.0,  -1.0,  -3.5,   0.5, -0.5, -1.5,  0.5,    -3.0, -3.0, -5.0, -2.0, -2.5),
-    "agreement": (2.0,   1.5,  0.0,  -3.0,  -3.0,   0.5, -0.5, -3.0,  9.0,    -1.5, -2.5, -7.0, -2.0, -2.0),
-    "analysis":  (1.5,   1.5,  0.5,   0.5,  -0.5,  -0.5,  2.0,  9.0, -2.0,    -2.0, -2.0, -3.0, -2.0, -0.5),
-    "advice":    (1.5,   1.5,  0.5,  -1.0,   9.0,   0.0,  0.5,  0.5,  0.0,    -2.0, -1.5, -4.0, -2.0, -0.5),
-    "motives":   (1.5,   1.5,  0.5,  -0.5,  -2.0,  -0.5,  9.0,  1.0, -0.5,    -2.0, -2.5, -3.0, -2.0, -0.5),
-    "growth":    (1.5,   1.5,  2.5,   8.0,  -2.5,   0.0,  0.0,  1.0, -2.0,    -2.0, -2.5, -3.0, -2.0, -1.5),
+    "agreement": (2.4,   1.5,  0.0,  -3.0,  -3.0,   0.5, -0.5, -3.0,  9.0,    -1.5, -2.5, -7.0, -2.0, -2.0),
+    "analysis":  (2.4,   1.5,  0.5,   0.5,  -0.5,  -0.5,  2.0,  9.0, -2.0,    -2.0, -2.0, -3.0, -2.0, -0.5),
+    "advice":    (2.4,   1.5,  0.5,  -1.0,   9.0,   0.0,  0.5,  0.5,  0.0,    -2.0, -1.5, -4.0, -2.0, -0.5),
+    "motives":   (2.4,   1.5,  0.5,  -0.5,  -2.0,  -0.5,  9.0,  1.0, -0.5,    -2.0, -2.5, -3.0, -2.0, -0.5),
+    "growth":    (2.4,   1.5,  2.5,   8.0,  -2.5,   0.0,  0.0,  1.0, -2.0,    -2.0, -2.5, -3.0, -2.0, -1.5),
 }
 PRIMARY = 2.5  # a move of at least this weight serves the intention
 PERSONA = {"negative": (0.85, 1.2), "passive": (1.0, 1.0), "avoidant": (1.0, 0.95)}  # factors on gains, on costs
 # Share that an ungrounded move keeps; most points of moves beside an unserved intention; cost of not serving it.
-MODES = {"vanilla": (0.15, 2.6, 2.0), "challenging": (0.05, 0.5, 2.8)}
+MODES = {"vanilla": (0.3, 3.2, 1.2), "challenging": (0.05, 0.5, 2.8)}
 SOFTNESS = (6.5, 12.0)  # gains, costs: points p become 10 * (1 - exp(-p / softness)), so the second adds less
-COSTS = {"repetition": 5.0, "parroting": 5.0, "garbled": 9.0, "off_topic": 5.5,
+COSTS = {"repetition": 5.0, "parroting": 5.0, "garbled": 9.0, "off_topic": 3.0, "cold": 3.0,
          "wrong_language": 8.0, "stuffing": 4.0, "too_short": 3.0, "too_long": 6.0, "cut": 0.15}  # points at full strength, for any intention
-LENGTHS = {"en": (3, 16, 120, 520), "zh": (4, 24, 260, 1100)}  # shortest, good from, to, longest: words, characters
+LENGTHS = {"en": (3, 12, 120, 520), "zh": (4, 24, 260, 1100)}  # shortest, good from, to, longest: words, characters
 # Shared content units that ground a sentence by 63 %; new ones that add something; tokens of a sentence that counts.
-GROUND, NEW, WHOLE = {"en": 1.0, "zh": 1.8}, {"en": 4, "zh": 8}, {"en": 10, "zh": 16}
+GROUND, NEW, WHOLE = {"en": 1.0, "zh": 1.8}, {"en": 3, "zh": 8}, {"en": 10, "zh": 16}
 # Mean log-probability of the words of what is well said and of word salad: a sentence of it, all of it.
 OTHER, FOREIGN = -4.0, -8.0  # what a word that is not of the story costs beside that: an everyday word, any other
 NATURAL = {"en": ((-6.7, -8.2), (-6.0, -7.2)), "zh": ((-6.5, -7.3), (-6.15, -6.55))}
@@ -175,7 +175,7 @@ DETECTORS = {
     "validation": lambda s: saturate(s.has("feeling")) * (1 - s.asks / 2) * (s.has("validate") > 0 or s.to_user() / 2)
     * (0.25 if not s.to_user() and s.minds("feeling") else 1.0),
     "reflection": lambda s: 0.0 if s.asks or s.has("lecture") or s.has("blame") or DETECTORS["advice"](s) > 0.3
-    else 0.3 + 0.35 * s.to_user() + 0.35 * (s.has("past_act") + s.has("feeling") > 0),
+    else s.to_user() * (0.5 + 0.5 * (s.has("past_act") + s.has("feeling") > 0)),
     "question": lambda s: s.asks * (0.15 if s.stock else 1.0 if s.has("open_question") else 0.6)
     * (1 - 0.6 * DETECTORS["growth"](s)) if s.asks else 0.6 * saturate(s.has("invite")),
     "growth": lambda s: saturate(s.has("growth")) * saturate(s.has("inward")) * s.invites,
@@ -300,7 +300,8 @@ def measure(profile: Profile, mode: str, said: list[str], earlier: list[str], re
     f["too_short"], f["too_long"] = clip((enough - size) / (enough - shortest)), clip((size - fine) / (longest - fine))
     f["cut"] = float(bool(parts) and re.search(r"\w\s*$", reply) is not None)
     f["ground"] = max((s.ground * s.sound * s.fresh for s in parts), default=0.0)
-    f["off_topic"] = clip(1 - 1.2 * max(f["ground"], 0.4 * max(f["raw_" + move] for move in MOVES if move != "reflection")))
+    f["off_topic"] = clip(1 - 1.2 * f["ground"])
+    f["cold"] = clip(1 - 1.2 * max(f["raw_" + move] for move in MOVES if move != "reflection"))
     f["new"] = clip(len(units(reply, lex) - told.last) / NEW[profile.language])
     return f
 
