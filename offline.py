@@ -25,7 +25,7 @@ WEIGHTS = {
     #             valid  refl  quest growth advice praise motiv persp agree |  clich  lect  blame  flat  markd
     "praise":    (2.4,   1.5,  0.5,  -1.0,  -2.0,   9.0, -0.5, -1.0,  1.0,    -1.5, -2.0, -5.0, -3.0, -1.5),
     "listening": (4.5,   4.0,  4.0,  -1.0,  -5.0,   0.5, -1.0, -2.0,  0.5,    -2.0, -3.0, -5.0, -2.0, -2.5),
-    "empathy":   (7.5,   3.5,  1.0,  -1.0,  -3.5,   0.5, -0.5, -1.5,  0.5,    -3.0, -3.0, -5.0, -2.0, -2.5),
+    "empathy":   (7.5,   3.5,  1.0,  -1.0,  -3.5,   0.5, -1.2, -1.5,  0.5,    -3.0, -3.0, -5.0, -2.0, -2.5),
     "agreement": (2.4,   1.5,  0.0,  -3.0,  -3.0,   0.5, -0.5, -3.0,  9.0,    -1.5, -2.5, -7.0, -2.0, -2.0),
     "analysis":  (2.4,   1.5,  0.5,   0.5,  -0.5,  -0.5,  2.0,  9.0, -2.0,    -2.0, -2.0, -3.0, -2.0, -0.5),
     "advice":    (2.4,   1.5,  0.5,  -1.0,   9.0,   0.0,  0.5,  0.5,  0.0,    -2.0, -1.5, -4.0, -2.0, -0.5),
@@ -35,16 +35,17 @@ WEIGHTS = {
 PRIMARY = 2.5  # a move of at least this weight serves the intention
 PERSONA = {"negative": (0.85, 1.2), "passive": (1.0, 1.0), "avoidant": (1.0, 0.95)}  # factors on gains, on costs
 # Share that an ungrounded move keeps; most points of moves beside an unserved intention; cost of not serving it.
-MODES = {"vanilla": (0.3, 3.2, 1.2), "challenging": (0.05, 0.5, 2.8)}
+MODES = {"vanilla": (0.25, 3.0, 1.7), "challenging": (0.05, 0.5, 2.8)}
 SOFTNESS = (6.5, 12.0)  # gains, costs: points p become 10 * (1 - exp(-p / softness)), so the second adds less
 COSTS = {"repetition": 5.0, "parroting": 5.0, "garbled": 9.0, "off_topic": 3.0, "cold": 3.0,
-         "wrong_language": 8.0, "stuffing": 4.0, "too_short": 3.0, "too_long": 6.0, "cut": 0.15}  # points at full strength, for any intention
-LENGTHS = {"en": (3, 12, 120, 520), "zh": (4, 24, 260, 1100)}  # shortest, good from, to, longest: words, characters
+         "wrong_language": 8.0, "stuffing": 4.0, "too_short": 3.0, "too_long": 6.0, "cut": 0.8, "interrogation": 4.0}  # points at full strength, for any intention
+LENGTHS = {"en": (3, 14, 120, 520), "zh": (4, 24, 260, 1100)}  # shortest, good from, to, longest: words, characters
 # Shared content units that ground a sentence by 63 %; new ones that add something; tokens of a sentence that counts.
 GROUND, NEW, WHOLE = {"en": 1.0, "zh": 1.8}, {"en": 3, "zh": 8}, {"en": 10, "zh": 16}
 # Mean log-probability of the words of what is well said and of word salad: a sentence of it, all of it.
 OTHER, FOREIGN = -4.0, -8.0  # what a word that is not of the story costs beside that: an everyday word, any other
-NATURAL = {"en": ((-6.7, -8.2), (-6.0, -7.2)), "zh": ((-6.5, -7.3), (-6.15, -6.55))}
+NATURAL = {"en": ((-6.7, -8.2), (-6.0, -7.2)), "zh": ((-6.4, -7.4), (-5.95, -6.6))}
+RUN_ON = {"en": 36, "zh": 26}  # longest run of words without a comma
 NGRAM = {"en": 4, "zh": 6}  # length of the n-grams that are copied from the user
 SAID = {"en": (5, 34), "zh": (8, 85)}  # how long a fact may be to be told: words, characters
 
@@ -173,7 +174,7 @@ class Sentence:
 # How much of each move a sentence makes, 0..1, whether or not it is grounded.
 DETECTORS = {
     "validation": lambda s: saturate(s.has("feeling")) * (1 - s.asks / 2) * (s.has("validate") > 0 or s.to_user() / 2)
-    * (0.25 if not s.to_user() and s.minds("feeling") else 1.0),
+    * (1.0 if s.to_user() else 0.25 if s.minds("feeling") else 0.5 + 0.3 * s.to_user(wide=True)),
     "reflection": lambda s: 0.0 if s.asks or s.has("lecture") or s.has("blame") or DETECTORS["advice"](s) > 0.3
     else s.to_user() * (0.5 + 0.5 * (s.has("past_act") + s.has("feeling") > 0)),
     "question": lambda s: s.asks * (0.15 if s.stock else 1.0 if s.has("open_question") else 0.6)
@@ -255,13 +256,14 @@ def read(reply: str, told: SimpleNamespace, earlier: list[str], lex: SimpleNames
         s.ground = 1 - math.exp(-(len(own & told.said) + 0.6 * len(own & told.scene)) / GROUND[lex.language])
         s.logps = naturalness(items, told.words, lex, cut=part is parts[-1] and re.search(r"\w$", part) is not None)
         loops = clip(0.6 - len(set(items)) / len(items))
-        s.sound = 1 - clip(salad(s.logps, 0, lex.language) + 4 * loops)
+        run_on = clip(max(map(len, map(tokens, re.split(r"[,，、:：;；]", part)))) / RUN_ON[lex.language] - 1)
+        s.sound = 1 - clip(salad(s.logps, 0, lex.language) + 4 * loops + 4 * run_on)
         alike = max((2 * len(frame & old) / (len(frame) + len(old)) for old in frames if frame), default=0.0)
         s.again = clip((alike - 0.4) / 0.4) if frame else float(part in " ".join(earlier))
         frames.append(frame)  # a reply that loops repeats itself too
         known = [k for k, gram in enumerate(copies(items, lex)) if gram in told.copied]
         s.copied = len({j for k in known for j in range(k, k + n_copy)}) / max(1, len(items))
-        s.fresh = (1 - clip((s.again - 0.3) / 0.35)) * (1 - clip((s.copied - 0.4) / 0.4))
+        s.fresh = (1 - clip((s.again - 0.3) / 0.35)) * (1 - clip((s.copied - 0.5) / 0.4))
         listed = sum(len(tokens(match.group())) for match in lex.cues["listing"].finditer(s.text)) / max(1, len(items))
         s.fresh *= clip(0.3 + len(items) / WHOLE[lex.language]) * (1 - clip((listed - 0.3) / 0.3))
         result.append(s)
@@ -288,7 +290,7 @@ def measure(profile: Profile, mode: str, said: list[str], earlier: list[str], re
     f["markdown"] = clip(len(re.findall(r"^\s*(?:[-*•#>]|\d+[.)、])\s|\*\*|```|__", reply, re.M)) / 4)
     size = max(1, sum(len(s.items) for s in parts))
     f["repetition"] = clip((sum(s.again * len(s.items) for s in parts) / size - 0.3) / 0.35)
-    f["parroting"] = clip((sum(s.copied * len(s.items) for s in parts) / size - 0.4) / 0.4)
+    f["parroting"] = clip((sum(s.copied * len(s.items) for s in parts) / size - 0.5) / 0.4)
     junk = len(re.findall(r"<[|/\w][^>]*>|\{\{|\\\\n|\ufffd|[^\w\s]{5,}|(.)\1{4,}", reply)) / 3
     f["garbled"] = clip(salad([x for s in parts for x in s.logps], 1, lex.language) + junk
                         + clip(2.8 * sum((1 - s.sound) * len(s.items) for s in parts) / size - 0.2))
@@ -301,7 +303,9 @@ def measure(profile: Profile, mode: str, said: list[str], earlier: list[str], re
     f["cut"] = float(bool(parts) and re.search(r"\w\s*$", reply) is not None)
     f["ground"] = max((s.ground * s.sound * s.fresh for s in parts), default=0.0)
     f["off_topic"] = clip(1 - 1.2 * f["ground"])
-    f["cold"] = clip(1 - 1.2 * max(f["raw_" + move] for move in MOVES if move != "reflection"))
+    f["cold"] = clip(1 - 1.2 * max(f["raw_" + move] * (0.5 if move == "question" else 1.0) for move in MOVES
+                                   if move != "reflection"))
+    f["interrogation"] = clip((sum(s.asks for s in parts) - 1) / 2)
     f["new"] = clip(len(units(reply, lex) - told.last) / NEW[profile.language])
     return f
 
