@@ -35,16 +35,16 @@ WEIGHTS = {
 PRIMARY = 2.5  # a move of at least this weight serves the intention
 PERSONA = {"negative": (0.85, 1.2), "passive": (1.0, 1.0), "avoidant": (1.0, 0.95)}  # factors on gains, on costs
 # Share that an ungrounded move keeps; most points of moves beside an unserved intention; cost of not serving it.
-MODES = {"vanilla": (0.25, 3.0, 1.7), "challenging": (0.05, 0.5, 2.8)}
+MODES = {"vanilla": (0.25, 3.0, 1.3), "challenging": (0.05, 0.5, 2.8)}
 SOFTNESS = (6.5, 12.0)  # gains, costs: points p become 10 * (1 - exp(-p / softness)), so the second adds less
-COSTS = {"repetition": 5.0, "parroting": 5.0, "garbled": 9.0, "off_topic": 3.0, "cold": 3.0,
-         "wrong_language": 8.0, "stuffing": 4.0, "too_short": 3.0, "too_long": 6.0, "cut": 0.8, "interrogation": 4.0}  # points at full strength, for any intention
+COSTS = {"repetition": 5.0, "parroting": 5.0, "garbled": 8.0, "off_topic": 3.0, "cold": 2.5,
+         "wrong_language": 8.0, "stuffing": 4.0, "too_short": 3.0, "too_long": 6.0, "cut": 0.3, "interrogation": 3.0}  # points at full strength, for any intention
 LENGTHS = {"en": (3, 14, 120, 520), "zh": (4, 24, 260, 1100)}  # shortest, good from, to, longest: words, characters
 # Shared content units that ground a sentence by 63 %; new ones that add something; tokens of a sentence that counts.
 GROUND, NEW, WHOLE = {"en": 1.0, "zh": 1.8}, {"en": 3, "zh": 8}, {"en": 10, "zh": 16}
 # Mean log-probability of the words of what is well said and of word salad: a sentence of it, all of it.
 OTHER, FOREIGN = -4.0, -8.0  # what a word that is not of the story costs beside that: an everyday word, any other
-NATURAL = {"en": ((-6.7, -8.2), (-6.0, -7.2)), "zh": ((-6.4, -7.4), (-5.95, -6.6))}
+NATURAL = {"en": ((-7.2, -8.4), (-6.65, -7.5)), "zh": ((-6.8, -7.4), (-6.6, -6.95))}
 RUN_ON = {"en": 36, "zh": 26}  # longest run of words without a comma
 NGRAM = {"en": 4, "zh": 6}  # length of the n-grams that are copied from the user
 SAID = {"en": (5, 34), "zh": (8, 85)}  # how long a fact may be to be told: words, characters
@@ -86,9 +86,11 @@ def stem(word: str) -> str:
     return word[:-1] if len(word) > 3 and word[-1] == word[-2] else word
 
 
-def tokens(text: str) -> list[str]:
-    """Lower-cased words; a Chinese character is a word of its own."""
-    return re.findall(r"[\u4e00-\u9fff]|[^\W\d_\u4e00-\u9fff]+(?:'[a-z]+)?|\d+", text.lower().replace("’", "'"))
+def tokens(text: str, commas: bool = False) -> list[str]:
+    """Lower-cased words; a Chinese character is a word of its own. With `commas`, so is each mark inside a sentence."""
+    text = re.sub("[，、；：;:]", ",", text.lower().replace("’", "'"))
+    words = r"[\u4e00-\u9fff]|[^\W\d_\u4e00-\u9fff]+(?:'[a-z]+)?|\d+"
+    return re.findall(words + "|," if commas else words, text)
 
 
 def units(text: str, lex: SimpleNamespace) -> set[str]:
@@ -174,7 +176,7 @@ class Sentence:
 # How much of each move a sentence makes, 0..1, whether or not it is grounded.
 DETECTORS = {
     "validation": lambda s: saturate(s.has("feeling")) * (1 - s.asks / 2) * (s.has("validate") > 0 or s.to_user() / 2)
-    * (1.0 if s.to_user() else 0.25 if s.minds("feeling") else 0.5 + 0.3 * s.to_user(wide=True)),
+    * (1.0 if s.to_user() else 0.25 if s.minds("feeling") else 0.6 + 0.3 * s.to_user(wide=True)),
     "reflection": lambda s: 0.0 if s.asks or s.has("lecture") or s.has("blame") or DETECTORS["advice"](s) > 0.3
     else s.to_user() * (0.5 + 0.5 * (s.has("past_act") + s.has("feeling") > 0)),
     "question": lambda s: s.asks * (0.15 if s.stock else 1.0 if s.has("open_question") else 0.6)
@@ -200,7 +202,7 @@ def blank(word: str) -> str:
 def speech(language: str) -> SimpleNamespace:
     """Trigram counts over data/offline/LANGUAGE_talk.txt, our sample of how a good friend talks, sentence by sentence."""
     lines = (DATA / f"{language}_talk.txt").read_text(encoding="utf-8").splitlines()
-    parts = [tokens(part) for line in lines for part in sentences(line)]
+    parts = [tokens(part, commas=True) for line in lines for part in sentences(line)]
     known = {word for word, n in Counter(word for part in parts for word in part).items() if n > 1}
     known |= lexicon(language).function
     followers: dict[tuple, Counter] = {}
@@ -228,7 +230,7 @@ def naturalness(items: list[str], story: set[str], lex: SimpleNamespace, cut: bo
         for n in range(3):
             if seen := model.followers.get(tuple(words[i - n : i])):
                 p = (seen[words[i]] + len(seen) * p) / (seen.total() + len(seen))
-        result.append(math.log(p) + (own[i - 2][1] if i - 2 < len(own) else 0))
+        result.append(min(-5.0, math.log(p) + (own[i - 2][1] if i - 2 < len(own) else 0)))
     return result
 
 
@@ -254,7 +256,7 @@ def read(reply: str, told: SimpleNamespace, earlier: list[str], lex: SimpleNames
         items, own, frame = tokens(part), units(part, lex), skeleton(part, lex.language)
         s = Sentence(part.lower().replace("’", "'"), " ".join(s.text for s in result[-2:]), items, told)
         s.ground = 1 - math.exp(-(len(own & told.said) + 0.6 * len(own & told.scene)) / GROUND[lex.language])
-        s.logps = naturalness(items, told.words, lex, cut=part is parts[-1] and re.search(r"\w$", part) is not None)
+        s.logps = naturalness(tokens(part, commas=True), told.words, lex, cut=part is parts[-1] and re.search(r"\w$", part) is not None)
         loops = clip(0.6 - len(set(items)) / len(items))
         run_on = clip(max(map(len, map(tokens, re.split(r"[,，、:：;；]", part)))) / RUN_ON[lex.language] - 1)
         s.sound = 1 - clip(salad(s.logps, 0, lex.language) + 4 * loops + 4 * run_on)
@@ -303,9 +305,9 @@ def measure(profile: Profile, mode: str, said: list[str], earlier: list[str], re
     f["cut"] = float(bool(parts) and re.search(r"\w\s*$", reply) is not None)
     f["ground"] = max((s.ground * s.sound * s.fresh for s in parts), default=0.0)
     f["off_topic"] = clip(1 - 1.2 * f["ground"])
-    f["cold"] = clip(1 - 1.2 * max(f["raw_" + move] * (0.5 if move == "question" else 1.0) for move in MOVES
-                                   if move != "reflection"))
-    f["interrogation"] = clip((sum(s.asks for s in parts) - 1) / 2)
+    kind = [f["raw_" + move] for move in MOVES if move not in ("reflection", "question")]
+    f["cold"] = clip(1 - 1.2 * max(*kind, 0.8 * f["raw_question"], 0.7 * f["cliche"]))
+    f["interrogation"] = clip((sum(s.asks for s in parts) - 1.5) / 1.5)
     f["new"] = clip(len(units(reply, lex) - told.last) / NEW[profile.language])
     return f
 
