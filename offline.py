@@ -24,7 +24,7 @@ FAULTS = ("cliche", "lecture", "blame", "flattery", "markdown")
 WEIGHTS = {
     #             valid  refl  quest growth advice praise motiv persp agree |  clich  lect  blame  flat  markd
     "praise":    (2.4,   1.5,  0.5,  -1.0,  -2.0,   9.0, -0.5, -1.0,  1.0,    -1.5, -2.0, -5.0, -3.0, -1.5),
-    "listening": (4.5,   4.0,  4.0,  -1.0,  -5.0,   0.5, -1.0, -2.0,  0.5,    -2.0, -3.0, -5.0, -2.0, -2.5),
+    "listening": (5.0,   4.0,  4.5,  -1.0,  -5.0,   0.5, -1.0, -2.0,  0.5,    -2.0, -3.0, -5.0, -2.0, -2.5),
     "empathy":   (7.5,   3.5,  1.0,  -1.0,  -3.5,   0.5, -1.2, -1.5,  0.5,    -3.0, -3.0, -5.0, -2.0, -2.5),
     "agreement": (2.4,   1.5,  0.0,  -3.0,  -3.0,   0.5, -0.5, -3.0,  9.0,    -1.5, -2.5, -7.0, -2.0, -2.0),
     "analysis":  (2.4,   1.5,  0.5,   0.5,  -0.5,  -0.5,  2.0,  9.0, -2.0,    -2.0, -2.0, -3.0, -2.0, -0.5),
@@ -35,16 +35,17 @@ WEIGHTS = {
 PRIMARY = 2.5  # a move of at least this weight serves the intention
 PERSONA = {"negative": (0.85, 1.2), "passive": (1.0, 1.0), "avoidant": (1.0, 0.95)}  # factors on gains, on costs
 # Share that an ungrounded move keeps; most points of moves beside an unserved intention; cost of not serving it.
-MODES = {"vanilla": (0.25, 3.0, 1.3), "challenging": (0.05, 0.5, 2.8)}
+MODES = {"vanilla": (0.25, 3.0, 1.8), "challenging": (0.05, 0.5, 2.8)}
 SOFTNESS = (6.5, 12.0)  # gains, costs: points p become 10 * (1 - exp(-p / softness)), so the second adds less
 COSTS = {"repetition": 5.0, "parroting": 5.0, "garbled": 8.0, "off_topic": 3.0, "cold": 2.5,
-         "wrong_language": 8.0, "stuffing": 4.0, "too_short": 3.0, "too_long": 6.0, "cut": 0.3, "interrogation": 3.0}  # points at full strength, for any intention
+         "wrong_language": 8.0, "stuffing": 4.0, "too_short": 1.5, "too_long": 6.0, "cut": 0.3, "interrogation": 3.0, "self_talk": 3.0}  # points at full strength, for any intention
 LENGTHS = {"en": (3, 14, 120, 520), "zh": (4, 24, 260, 1100)}  # shortest, good from, to, longest: words, characters
 # Shared content units that ground a sentence by 63 %; new ones that add something; tokens of a sentence that counts.
 GROUND, NEW, WHOLE = {"en": 1.0, "zh": 1.8}, {"en": 3, "zh": 8}, {"en": 10, "zh": 16}
 # Mean log-probability of the words of what is well said and of word salad: a sentence of it, all of it.
+EXPECTED = {"en": -5.0, "zh": 0.0}  # a word more probable than this is no better for it
 OTHER, FOREIGN = -4.0, -8.0  # what a word that is not of the story costs beside that: an everyday word, any other
-NATURAL = {"en": ((-7.2, -8.4), (-6.65, -7.5)), "zh": ((-6.8, -7.4), (-6.6, -6.95))}
+NATURAL = {"en": ((-7.2, -8.4), (-6.65, -7.5)), "zh": ((-6.4, -7.2), (-5.75, -6.4))}
 RUN_ON = {"en": 36, "zh": 26}  # longest run of words without a comma
 NGRAM = {"en": 4, "zh": 6}  # length of the n-grams that are copied from the user
 SAID = {"en": (5, 34), "zh": (8, 85)}  # how long a fact may be to be told: words, characters
@@ -58,6 +59,7 @@ def lexicon(language: str) -> SimpleNamespace:
     function = frozenset(raw["function_words"].split() if english else raw["function_words"])
     return SimpleNamespace(
         language=language, raw=raw, function=function, stop=function if english else frozenset(raw["stop_characters"]),
+        me=set("i i'm i've i'd i'll me my mine 我".split()), you=set("you you're you've you'd you'll your yours 你 您".split()),
         common={stem(word) for word in raw.get("common_words", "").split()},
         generic={stem(word) if english else word for word in raw["generic_words"].split()},
         cues={name: re.compile(edge % "|".join(cue.splitlines())) for name, cue in raw["cues"].items()},
@@ -176,7 +178,7 @@ class Sentence:
 # How much of each move a sentence makes, 0..1, whether or not it is grounded.
 DETECTORS = {
     "validation": lambda s: saturate(s.has("feeling")) * (1 - s.asks / 2) * (s.has("validate") > 0 or s.to_user() / 2)
-    * (1.0 if s.to_user() else 0.25 if s.minds("feeling") else 0.6 + 0.3 * s.to_user(wide=True)),
+    * (1.0 if s.to_user() else 0.25 if s.minds("feeling") else 0.5 + 0.4 * s.to_user(wide=True)),
     "reflection": lambda s: 0.0 if s.asks or s.has("lecture") or s.has("blame") or DETECTORS["advice"](s) > 0.3
     else s.to_user() * (0.5 + 0.5 * (s.has("past_act") + s.has("feeling") > 0)),
     "question": lambda s: s.asks * (0.15 if s.stock else 1.0 if s.has("open_question") else 0.6)
@@ -230,7 +232,7 @@ def naturalness(items: list[str], story: set[str], lex: SimpleNamespace, cut: bo
         for n in range(3):
             if seen := model.followers.get(tuple(words[i - n : i])):
                 p = (seen[words[i]] + len(seen) * p) / (seen.total() + len(seen))
-        result.append(min(-5.0, math.log(p) + (own[i - 2][1] if i - 2 < len(own) else 0)))
+        result.append(min(EXPECTED[lex.language], math.log(p) + (own[i - 2][1] if i - 2 < len(own) else 0)))
     return result
 
 
@@ -304,9 +306,11 @@ def measure(profile: Profile, mode: str, said: list[str], earlier: list[str], re
     f["too_short"], f["too_long"] = clip((enough - size) / (enough - shortest)), clip((size - fine) / (longest - fine))
     f["cut"] = float(bool(parts) and re.search(r"\w\s*$", reply) is not None)
     f["ground"] = max((s.ground * s.sound * s.fresh for s in parts), default=0.0)
-    f["off_topic"] = clip(1 - 1.2 * f["ground"])
-    kind = [f["raw_" + move] for move in MOVES if move not in ("reflection", "question")]
-    f["cold"] = clip(1 - 1.2 * max(*kind, 0.8 * f["raw_question"], 0.7 * f["cliche"]))
+    kind = max(f["raw_" + move] for move in MOVES if move not in ("reflection", "question"))
+    f["off_topic"] = clip(1 - 1.2 * max(f["ground"], 0.4 * kind))
+    f["cold"] = clip(1 - 1.2 * max(kind, 0.8 * f["question"], 0.7 * f["cliche"]))
+    me, you = (sum(sum(item in words for item in s.items) for s in parts) for words in (lex.me, lex.you))
+    f["self_talk"] = clip((me - you - 1) / 3)
     f["interrogation"] = clip((sum(s.asks for s in parts) - 1.5) / 1.5)
     f["new"] = clip(len(units(reply, lex) - told.last) / NEW[profile.language])
     return f
