@@ -11,20 +11,19 @@ import hashlib
 import math
 import re
 import tomllib
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
+from fluency import DATA, clip, naturalness, run_on, salad, sentences, stem, tokens
 from simulator import Appraisal, EmotionRules, Failed, Key, Profile, UserTurn, band, cjk_share
 
-DATA = Path(__file__).parent / "data" / "offline"
 FAULTS = ("cliche", "lecture", "blame", "flattery", "markdown")
 # Emotion points of one grounded move, by hidden intention; negative: the wrong need, which costs grounded or not.
 WEIGHTS = {
     #             valid  refl  quest growth advice praise motiv persp agree |  clich  lect  blame  flat  markd
     "praise":    (2.4,   1.5,  0.5,  -1.0,  -2.0,   9.0, -0.5, -1.0,  1.0,    -1.5, -2.0, -5.0, -3.0, -1.5),
-    "listening": (5.0,   4.0,  4.5,  -1.0,  -5.0,   0.5, -1.0, -2.0,  0.5,    -2.0, -3.0, -5.0, -2.0, -2.5),
+    "listening": (6.5,   4.0,  4.5,  -1.0,  -6.0,   0.5, -1.0, -2.0,  0.5,    -2.0, -3.0, -5.0, -2.0, -2.5),
     "empathy":   (7.5,   3.5,  1.0,  -1.0,  -3.5,   0.5, -1.2, -1.5,  0.5,    -3.0, -3.0, -5.0, -2.0, -2.5),
     "agreement": (2.4,   1.5,  0.0,  -3.0,  -3.0,   0.5, -0.5, -3.0,  9.0,    -1.5, -2.5, -7.0, -2.0, -2.0),
     "analysis":  (2.4,   1.5,  0.5,   0.5,  -0.5,  -0.5,  2.0,  9.0, -2.0,    -2.0, -2.0, -3.0, -2.0, -0.5),
@@ -39,14 +38,9 @@ MODES = {"vanilla": (0.25, 3.0, 1.8), "challenging": (0.05, 0.5, 2.8)}
 SOFTNESS = (6.5, 12.0)  # gains, costs: points p become 10 * (1 - exp(-p / softness)), so the second adds less
 COSTS = {"repetition": 5.0, "parroting": 5.0, "garbled": 8.0, "off_topic": 3.0, "cold": 2.5,
          "wrong_language": 8.0, "stuffing": 4.0, "too_short": 1.5, "too_long": 6.0, "cut": 0.3, "interrogation": 3.0, "self_talk": 3.0}  # points at full strength, for any intention
-LENGTHS = {"en": (3, 14, 120, 520), "zh": (4, 24, 260, 1100)}  # shortest, good from, to, longest: words, characters
+LENGTHS = {"en": (3, 15, 120, 520), "zh": (4, 24, 260, 1100)}  # shortest, good from, to, longest: words, characters
 # Shared content units that ground a sentence by 63 %; new ones that add something; tokens of a sentence that counts.
-GROUND, NEW, WHOLE = {"en": 1.0, "zh": 1.8}, {"en": 3, "zh": 8}, {"en": 10, "zh": 16}
-# Mean log-probability of the words of what is well said and of word salad: a sentence of it, all of it.
-EXPECTED = {"en": -5.0, "zh": 0.0}  # a word more probable than this is no better for it
-OTHER, FOREIGN = -4.0, -8.0  # what a word that is not of the story costs beside that: an everyday word, any other
-NATURAL = {"en": ((-7.2, -8.4), (-6.65, -7.5)), "zh": ((-6.4, -7.2), (-5.75, -6.4))}
-RUN_ON = {"en": 36, "zh": 26}  # longest run of words without a comma
+GROUND, NEW, WHOLE = {"en": 1.0, "zh": 1.4}, {"en": 3, "zh": 8}, {"en": 10, "zh": 16}
 NGRAM = {"en": 4, "zh": 6}  # length of the n-grams that are copied from the user
 SAID = {"en": (5, 34), "zh": (8, 85)}  # how long a fact may be to be told: words, characters
 
@@ -60,39 +54,21 @@ def lexicon(language: str) -> SimpleNamespace:
     return SimpleNamespace(
         language=language, raw=raw, function=function, stop=function if english else frozenset(raw["stop_characters"]),
         me=set("i i'm i've i'd i'll me my mine 我".split()), you=set("you you're you've you'd you'll your yours 你 您".split()),
-        common={stem(word) for word in raw.get("common_words", "").split()},
         generic={stem(word) if english else word for word in raw["generic_words"].split()},
         cues={name: re.compile(edge % "|".join(cue.splitlines())) for name, cue in raw["cues"].items()},
-        frames=dict(zip(function, function)) | {x: kind for kind, xs in raw["frames"].items() for x in xs.split()},
-        classes={kind: frozenset(words.split()) for kind, words in raw.get("classes", {}).items()})
+        frames=dict(zip(function, function)) | {x: kind for kind, xs in raw["frames"].items() for x in xs.split()})
 
 
 def user_hash() -> str:
-    """What a reward depends on: 16 hex digits over this file and its data files."""
-    parts = [path.read_bytes() for path in (Path(__file__), DATA / "en.toml", DATA / "zh.toml")]
+    """What a reward depends on: 16 hex digits over this file, fluency.py and their data."""
+    here = Path(__file__)
+    parts = [path.read_bytes() for path in (here, here.with_name("fluency.py"), *sorted(DATA.iterdir()))]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-
-
-def clip(x: float) -> float:
-    return max(0.0, min(1.0, x))
 
 
 def saturate(n: int) -> float:
     """One instance counts for 0.8, two for 0.96; heaped up they count for less again."""
     return clip(1 - 0.2**n - 0.25 * max(0, n - 3))
-
-
-def stem(word: str) -> str:
-    """A word without its commonest English endings, enough to match `promised` with `promise`."""
-    word = re.sub(r"(?<=\w{3})(?:ings?|ied|ies|edly|ed|ly|es|s|e|y)$", "", word.removesuffix("'s"))
-    return word[:-1] if len(word) > 3 and word[-1] == word[-2] else word
-
-
-def tokens(text: str, commas: bool = False) -> list[str]:
-    """Lower-cased words; a Chinese character is a word of its own. With `commas`, so is each mark inside a sentence."""
-    text = re.sub("[，、；：;:]", ",", text.lower().replace("’", "'"))
-    words = r"[\u4e00-\u9fff]|[^\W\d_\u4e00-\u9fff]+(?:'[a-z]+)?|\d+"
-    return re.findall(words + "|," if commas else words, text)
 
 
 def units(text: str, lex: SimpleNamespace) -> set[str]:
@@ -102,11 +78,6 @@ def units(text: str, lex: SimpleNamespace) -> set[str]:
         return {stem(word) for word in words} - lex.generic
     pairs = set(re.findall(r"(?=([\u4e00-\u9fff]{2}))", text))
     return {pair for pair in pairs if lex.stop.isdisjoint(pair)} - lex.generic
-
-
-def sentences(text: str) -> list[str]:
-    """Sentences with their closing mark; line breaks end one too."""
-    return [part.strip() for part in re.findall(r"[^.!?。！？；\n…]*\w[^.!?。！？；\n…]*[.!?。！？；…\"”」]*", text)]
 
 
 SAME = dict(zip("i you me my your mine yours i'm you're am are i've you've 我 你 您".split(),
@@ -195,53 +166,6 @@ DETECTORS = {
 MOVES = tuple(DETECTORS)
 
 
-def blank(word: str) -> str:
-    """What stands for a word of somebody's story: its ending, which says much of its part of speech."""
-    return "_" + (re.search(r"ing$|ed$|ly$|s$|$", word)[0] if len(word) > 3 else "")
-
-
-@functools.cache
-def speech(language: str) -> SimpleNamespace:
-    """Trigram counts over data/offline/LANGUAGE_talk.txt, our sample of how a good friend talks, sentence by sentence."""
-    lines = (DATA / f"{language}_talk.txt").read_text(encoding="utf-8").splitlines()
-    parts = [tokens(part, commas=True) for line in lines for part in sentences(line)]
-    known = {word for word, n in Counter(word for part in parts for word in part).items() if n > 1}
-    known |= lexicon(language).function
-    followers: dict[tuple, Counter] = {}
-    for part in parts:
-        items = ["<", "<", *(word if word in known else blank(word) for word in part), ">"]
-        for i in range(2, len(items)):
-            for n in range(3):
-                *context, word = items[i - n : i + 1]
-                followers.setdefault(tuple(context), Counter())[word] += 1
-    return SimpleNamespace(known=known, followers=followers)
-
-
-def naturalness(items: list[str], story: set[str], lex: SimpleNamespace, cut: bool) -> list[float]:
-    """Natural log-probability of each word of a sentence in that speech; a word of the story stands for any other's.
-
-    Trigrams interpolated by Witten and Bell (1991). A word that is neither known nor the story's has next to none.
-    """
-    model, result, own = speech(lex.language), [], []
-    for word in items:
-        mine = bool({word, stem(word)} & story)
-        own.append((word, 0) if word in model.known else (blank(word), 0 if mine else OTHER if stem(word) in lex.common else FOREIGN))
-    words = ["<", "<", *(w for w, _ in own), *([] if cut else ">")]
-    for i in range(2, len(words)):
-        p = 1e-6
-        for n in range(3):
-            if seen := model.followers.get(tuple(words[i - n : i])):
-                p = (seen[words[i]] + len(seen) * p) / (seen.total() + len(seen))
-        result.append(min(EXPECTED[lex.language], math.log(p) + (own[i - 2][1] if i - 2 < len(own) else 0)))
-    return result
-
-
-def salad(logps: list[float], part: int, language: str) -> float:
-    """0 for what people say, 1 for word salad; a few words prove little."""
-    fine, bad = NATURAL[language][part]
-    return clip((fine - (sum(logps) + 3 * fine) / (len(logps) + 3)) / (fine - bad))
-
-
 @functools.lru_cache(4096)
 def skeleton(text: str, language: str) -> frozenset:
     """Three-grams of a sentence whose content words are blank: what is left of a formula that changes all its words."""
@@ -258,10 +182,9 @@ def read(reply: str, told: SimpleNamespace, earlier: list[str], lex: SimpleNames
         items, own, frame = tokens(part), units(part, lex), skeleton(part, lex.language)
         s = Sentence(part.lower().replace("’", "'"), " ".join(s.text for s in result[-2:]), items, told)
         s.ground = 1 - math.exp(-(len(own & told.said) + 0.6 * len(own & told.scene)) / GROUND[lex.language])
-        s.logps = naturalness(tokens(part, commas=True), told.words, lex, cut=part is parts[-1] and re.search(r"\w$", part) is not None)
+        s.logps = naturalness(part, told.words, lex.language, cut=part is parts[-1] and re.search(r"\w$", part) is not None)
         loops = clip(0.6 - len(set(items)) / len(items))
-        run_on = clip(max(map(len, map(tokens, re.split(r"[,，、:：;；]", part)))) / RUN_ON[lex.language] - 1)
-        s.sound = 1 - clip(salad(s.logps, 0, lex.language) + 4 * loops + 4 * run_on)
+        s.sound = 1 - clip(salad(s.logps, 0, lex.language) + 4 * loops + 4 * run_on(part, lex.language))
         alike = max((2 * len(frame & old) / (len(frame) + len(old)) for old in frames if frame), default=0.0)
         s.again = clip((alike - 0.4) / 0.4) if frame else float(part in " ".join(earlier))
         frames.append(frame)  # a reply that loops repeats itself too
@@ -323,7 +246,7 @@ def score(f: dict[str, float], profile: Profile, mode: str) -> tuple[float, floa
     points = {move: weights[move] * f[move] for move in MOVES if weights[move] > 0}
     leads = [move for move in points if weights[move] >= PRIMARY and move != "reflection"]
     own, other = max(f[move] for move in leads), max(f[move] for move in MOVES[3:] if move not in leads)
-    points["reflection"] *= 0.5 + 0.5 * clip(own / 0.5)
+    points["reflection"] *= 0.2 + 0.8 * clip(own / 0.5)
     core = sum(points[move] for move in points if weights[move] >= PRIMARY)
     core *= 1 - 0.8 * clip(1.4 * (other - own))  # done in passing while the reply is about something else
     gate = f["new"] * (1 - 0.7 * f["too_short"]) * (1 - f["too_long"])
