@@ -14,10 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 DATA = Path(__file__).parent / "data" / "offline"
-# Mean log-probability of the words of what is well said and of word salad: a sentence of it, all of it.
-EXPECTED = {"en": -5.0, "zh": 0.0}  # a word more probable than this is no better for it
-OTHER, FOREIGN = -4.0, -8.0  # what a word that is not of the story costs beside that: an everyday word, any other
-NATURAL = {"en": ((-7.4, -8.6), (-6.75, -7.6)), "zh": ((-6.1, -6.8), (-5.85, -6.3))}
+# Chinese is measured against each character's own frequency: bookish talk is not garbled, only its order tells.
+AGAINST = {"en": 0.0, "zh": 1.0}  # how much of a word's unigram log-probability is taken off
+EXPECTED = {"en": -5.0, "zh": 9.0}  # a word more probable than this is no better for it
+OTHER, FOREIGN = {"en": -4.0, "zh": 0.0}, {"en": -8.0, "zh": 0.0}  # cost of an everyday word, of any, not of the story
+# Mean naturalness of the words of what is well said and of word salad: a sentence of it, all of it.
+NATURAL = {"en": ((-7.4, -8.6), (-6.75, -7.6)), "zh": ((-0.06, -0.78), (0.14, -0.2))}
 RUN_ON = {"en": 36, "zh": 26}  # longest run of words without a comma
 
 
@@ -68,7 +70,7 @@ def speech(language: str) -> SimpleNamespace:
 
 
 def naturalness(sentence: str, story: set[str], language: str, cut: bool) -> list[float]:
-    """Natural log-probability of each word of a sentence, and of its end unless it is cut off.
+    """Log-probability of each word of a sentence (see AGAINST), and of its end unless it is cut off.
 
     Trigrams interpolated by Witten and Bell (1991). A word of the story (`story`: words or stems) stands for any other
     story's; a word that neither people's talk nor the story holds costs extra.
@@ -78,15 +80,16 @@ def naturalness(sentence: str, story: set[str], language: str, cut: bool) -> lis
     for word in tokens(sentence, commas=True):
         known, mine = word in model.known, word in story or stem(word) in story
         words.append(word if known else blank(word))
-        extra.append(0.0 if known or mine else OTHER if stem(word) in model.common else FOREIGN)
+        extra.append(0.0 if known or mine else (OTHER if stem(word) in model.common else FOREIGN)[language])
     if not cut:
         words, extra = [*words, ">"], [*extra, 0.0]
     for i, cost in enumerate(extra, 2):
-        p = 1e-6
+        p, alone = 1e-6, 0.0
         for n in range(3):
             if seen := model.followers.get(tuple(words[i - n : i])):
                 p = (seen[words[i]] + len(seen) * p) / (seen.total() + len(seen))
-        result.append(min(EXPECTED[language], math.log(p) + cost))
+            alone = alone or math.log(p)
+        result.append(min(EXPECTED[language], math.log(p) - AGAINST[language] * alone + cost))
     return result
 
 

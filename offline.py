@@ -183,7 +183,7 @@ def read(reply: str, told: SimpleNamespace, earlier: list[str], lex: SimpleNames
         s = Sentence(part.lower().replace("’", "'"), " ".join(s.text for s in result[-2:]), items, told)
         s.ground = 1 - math.exp(-(len(own & told.said) + 0.6 * len(own & told.scene)) / GROUND[lex.language])
         s.logps = naturalness(part, told.words, lex.language, cut=part is parts[-1] and re.search(r"\w$", part) is not None)
-        loops = clip(0.6 - len(set(items)) / len(items))
+        loops = clip(0.6 - len(set(items)) / len(items)) if items else 0.0
         s.sound = 1 - clip(salad(s.logps, 0, lex.language) + 4 * loops + 4 * run_on(part, lex.language))
         alike = max((2 * len(frame & old) / (len(frame) + len(old)) for old in frames if frame), default=0.0)
         s.again = clip((alike - 0.4) / 0.4) if frame else float(part in " ".join(earlier))

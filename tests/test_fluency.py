@@ -7,23 +7,27 @@ from pathlib import Path
 
 import pytest
 
-from fluency import DATA, EXPECTED, blank, naturalness, run_on, salad, sentences, speech, tokens
+from fluency import AGAINST, DATA, EXPECTED, blank, naturalness, run_on, salad, sentences, speech, tokens
 
 ROWS = [json.loads(line) for line in (Path(__file__).parent / "attacks.jsonl").read_text(encoding="utf-8").splitlines()]
 GOOD = {x: [row for row in ROWS if row["kind"] == "good" and row["language"] == x] for x in ("en", "zh")}
 
 
-def brute_force(words: list[str], corpus: list[list[str]]) -> list[float]:
-    """Witten-Bell by counting the whole corpus anew for every word; words are padded with two `<`."""
+def brute_force(words: list[str], corpus: list[list[str]], against: float) -> list[float]:
+    """Witten-Bell by counting the whole corpus anew for every word; words are padded with two `<`.
+
+    `against` times the word's unigram log-probability is taken off.
+    """
     result = []
     for i in range(2, len(words)):
-        p = 1e-6
+        p, steps = 1e-6, []
         for n in range(3):
             context = words[i - n : i]
             after = [part[j] for part in corpus for j in range(2, len(part)) if part[j - n : j] == context]
             if after:
                 p = (after.count(words[i]) + len(set(after)) * p) / (len(after) + len(set(after)))
-        result.append(math.log(p))
+            steps.append(math.log(p))
+        result.append(steps[2] - against * steps[0])
     return result
 
 
@@ -38,7 +42,8 @@ def test_naturalness_is_witten_and_bell_by_brute_force(language, sentence):
              for line in lines for part in sentences(line)]
     words = tokens(sentence, commas=True)
     assert all(word in model.known for word in words)
-    expected = [min(EXPECTED[language], x) for x in brute_force(["<", "<", *words, ">"], known)]
+    counted = brute_force(["<", "<", *words, ">"], known, AGAINST[language])
+    expected = [min(EXPECTED[language], x) for x in counted]
     assert naturalness(sentence, set(), language, cut=False) == pytest.approx(expected)
     assert naturalness(sentence, set(), language, cut=True) == pytest.approx(expected[:-1])
 
