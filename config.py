@@ -34,7 +34,12 @@ class Config:
     algorithm: str = option("ppo", "ppo (GAE and a critic) or grpo (group-relative advantages)", ("ppo", "grpo"))
     profiles: str = option("data/en_train.jsonl", "training profiles, JSON lines")
     eval_profiles: str = option("data/en_test.jsonl", "profiles of the benchmark and of periodic evaluation")
-    user: str = option("offline", "who the simulated user is: offline (no LLM, deterministic)", ("offline",))
+    user: str = option(
+        "offline",
+        "who the simulated user is: offline (no LLM, deterministic), llm (an OpenAI-compatible endpoint) or local "
+        "(a checkpoint in our own engine)",
+        ("offline", "llm", "local"),
+    )
     user_mode: str = option(
         "vanilla",
         "vanilla, or challenging (hides its need and is moved only by what serves it)",
@@ -43,6 +48,27 @@ class Config:
     think: bool = option(False, "reply after a <think> block; thoughts are removed before anybody sees the reply")
     system: str = option("", "file with the policy's system prompt; empty: prompts/policy_{en,zh}{,_think}.txt")
     seed: int = option(0, "seed of data order, sampling noise and new weights")
+    # the simulated user where it is a language model
+    user_model: str = option("", "user=llm: the name the endpoint knows; user=local: HF folder or hub name")
+    user_url: str = option("", "user=llm: base URL of the endpoint, for example http://localhost:8000/v1")
+    user_key_env: str = option("", "environment variable that holds the endpoint's key; empty: none is sent")
+    user_temperature: float = option(1.0, "the user's sampling temperature")
+    user_tokens: int = option(1024, "cap on the tokens of one answer of the user's model")
+    user_context: int = option(8192, "user=local: cap on the tokens of a prompt and its answer")
+    user_concurrency: int = option(32, "calls at the same time; user=local: dialogues in one batch")
+    user_retries: int = option(5, "further tries of a call that failed, and of an answer that could not be read")
+    user_try_timeout: float = option(60.0, "seconds for one try of a call")
+    user_dialogue_timeout: float = option(600.0, "seconds that one dialogue may wait for its user in all")
+    user_json: bool = option(True, "ask the endpoint for JSON (response_format); dropped where it refuses")
+    one_call: bool = option(False, "appraisal and answer in one call: half the latency")
+    prompts: str = option("", "folder with the user's prompts; empty: prompts/{en,zh}/{vanilla,challenging}")
+    record: str = option(
+        "off", "off, record (write the user's answers to record_file) or replay (read them, no network)",
+        ("off", "record", "replay"),
+    )
+    record_file: str = option("", "where answers are recorded; empty: record.jsonl in the run")
+    price_in: float = option(0.0, "price of a million prompt tokens of the user's model")
+    price_out: float = option(0.0, "price of a million answer tokens")
     # rollout
     groups: int = option(8, "profiles per step")
     group_size: int = option(4, "dialogues per profile")
@@ -104,7 +130,11 @@ class Config:
 
 
 # On resume these may differ from the saved config; anything else would silently change what the run means.
-MAY_CHANGE = ("steps", "save_every", "keep", "eval_every", "resume", "run", "threads", "device")
+MAY_CHANGE = (
+    "steps", "save_every", "keep", "eval_every", "resume", "run", "threads", "device", "user_url", "user_key_env",
+    "user_concurrency", "user_retries", "user_try_timeout", "user_dialogue_timeout", "record", "record_file",
+    "price_in", "price_out",
+)
 
 
 def load_config(argv: list[str]) -> Config:
@@ -184,16 +214,17 @@ def check(config: Config) -> Config:
             raise InputError(f"option {f.name!r} is one of {', '.join(f.metadata['choices'])}, not {value!r}{hint}")
     for key in (
         "groups", "group_size", "max_turns", "slots", "reply_tokens", "steps", "minibatches", "epochs", "micro_tokens",
-        "eval_dialogues", "eval_max_turns", "keep",
+        "eval_dialogues", "eval_max_turns", "keep", "user_tokens", "user_concurrency",
     ):
         if getattr(config, key) < 1:
             raise InputError(f"option {key!r} must be at least 1, not {getattr(config, key)}")
-    for key in ("lr", "critic_lr", "temperature", "eval_temperature", "grad_clip", "clip"):
+    for key in ("lr", "critic_lr", "temperature", "eval_temperature", "grad_clip", "clip", "user_try_timeout",
+                "user_dialogue_timeout"):
         if not getattr(config, key) > 0:
             raise InputError(f"option {key!r} must be above 0, not {getattr(config, key)}")
     for key in (
         "warmup", "critic_warmup", "weight_decay", "value_clip", "vf_coef", "entropy_coef", "kl_coef", "eval_every",
-        "save_every", "threads",
+        "save_every", "threads", "user_temperature", "user_retries", "price_in", "price_out",
     ):
         if getattr(config, key) < 0:
             raise InputError(f"option {key!r} must not be negative, not {getattr(config, key)}")
@@ -212,6 +243,14 @@ def check(config: Config) -> Config:
         raise InputError(
             "option 'credit' must be final for grpo, which has one advantage a dialogue; or set algorithm=ppo"
         )
+    for needed in {"llm": ("user_model", "user_url"), "local": ("user_model",)}.get(config.user, ()):
+        if not getattr(config, needed) and config.record != "replay":
+            raise InputError(f"option {needed!r} is empty; user={config.user} needs it, see docs/simulators.md")
+    if config.user == "offline" and config.record != "off":
+        raise InputError("option 'record' is for users that are language models; user=offline needs no record")
+    if config.user == "local" and config.user_tokens >= config.user_context:
+        tokens, context = config.user_tokens, config.user_context
+        raise InputError(f"option 'user_tokens' ({tokens}) must be below 'user_context' ({context})")
     if config.reply_tokens >= config.context_tokens:
         raise InputError(
             f"option 'reply_tokens' ({config.reply_tokens}) must be below 'context_tokens' ({config.context_tokens})"

@@ -11,6 +11,7 @@ SAGE's format, gzipped or not; SAGE's own can be scored and verified too.
 """
 
 import dataclasses
+import functools
 import gzip
 import json
 import math
@@ -27,10 +28,11 @@ from chat import Chat, load_tokenizer, make_chat, system_prompt
 from config import Config, InputError, help_text, load_config, read_saved, save_config
 from dist import checkpoints
 from engine import Engine
+from llm import Endpoint, Local, Record
 from model import Transformer, ValueHead, banned_ids, load_model, load_strictly, read_tensors
 from offline import OfflineUser, user_hash
 from rollout import EXCLUDED, Dialogue, Job, Talk, log_line, run_dialogues
-from simulator import INTENTIONS, LANGUAGES, PERSONA_TYPES, EmotionRules, Profile, User, band, canonical, load_profiles
+from simulator import INTENTIONS, PERSONA_TYPES, EmotionRules, LLMUser, Profile, User, band, canonical, load_profiles
 
 EVAL_STREAM = 1 << 32  # stands where a training step's number does, and is never one
 ENDINGS = ("content", "left", "goodbye", "max_turns", "context_full", "format", EXCLUDED)
@@ -47,7 +49,36 @@ def pick_device(config: Config) -> torch.device:
 
 def make_user(config: Config, start: float, mode: str) -> User:
     """The simulated user of a config: SAGE's emotion rules with this start."""
-    return OfflineUser(EmotionRules(start=start), mode)
+    rules = EmotionRules(start=start)
+    if config.user == "offline":
+        return OfflineUser(rules, mode)
+    return LLMUser(make_client(config), rules, mode, config.prompts, config.one_call, config.user_retries)
+
+
+def make_client(config: Config) -> Endpoint | Local | Record:
+    """The language model that plays the user, recorded or replayed where the config says so."""
+    path = Path(config.record_file or Path(config.run) / "record.jsonl")
+    settings = {"model": config.user_model, "temperature": config.user_temperature, "max_tokens": config.user_tokens}
+    if config.record == "replay":
+        return Record(path, settings)
+    client = connect(dataclasses.replace(config, record="off", record_file=""))
+    return Record(path, settings, client) if config.record == "record" else client
+
+
+@functools.lru_cache(maxsize=1)
+def connect(config: Config) -> Endpoint | Local:
+    """The live model behind `make_client`. A run's evaluations share it: its threads, connections and weights."""
+    if config.user == "llm":
+        return Endpoint(
+            config.user_model, config.user_url, config.user_key_env, config.user_temperature, config.user_tokens,
+            config.user_concurrency, config.user_retries, config.user_try_timeout, config.user_dialogue_timeout,
+            config.user_json,
+        )
+    chat = make_chat(load_tokenizer(config.user_model), think=False)
+    model = load_model(config.user_model, config.seed).to(pick_device(config))
+    banned = banned_ids(chat.tokenizer, model.config.vocab_size, (chat.end,))
+    engine = Engine(model, banned, (chat.end,), config.user_concurrency, config.user_context, config.user_temperature)
+    return Local(engine, chat, config.user_tokens)
 
 
 def make_engine(
@@ -62,7 +93,7 @@ def make_engine(
 def make_talk(config: Config, training: bool) -> Talk:
     """How dialogues are held in training, or in the benchmark."""
     return Talk(
-        systems={language: system_prompt(language, config.think, config.system) for language in LANGUAGES},
+        systems={language: system_prompt(language, config.think, config.system) for language in ("en", "zh")},
         max_turns=config.max_turns if training else config.eval_max_turns,
         reply_tokens=config.reply_tokens,
         strict_format=training,

@@ -37,7 +37,7 @@ from engine import Engine, hash_key
 from eval import evaluate, make_engine, make_talk, make_user, pick_device, user_hash, without_nan, write_evaluation
 from model import save_model
 from rollout import Dialogue, Job, Talk, log_line, run_dialogues
-from simulator import Profile, User, load_profiles
+from simulator import LLMUser, Profile, User, load_profiles
 from update import State, build, update
 
 ORDER_STREAM = 2  # keeps the order of profiles apart from other uses of the seed
@@ -238,8 +238,11 @@ def evaluate_step(
     due = config.eval_every and step and step % config.eval_every == 0
     if not due or row["step"] != step or "eval/score" in row:
         return
+    record = Path(config.record_file or run / "record.jsonl")  # all evaluations have the same seeds: a file for each
+    record = record.with_name(f"{record.stem}.eval_{step}{record.suffix}")
     with interrupts.may_abandon():
-        dialogues = evaluate(config, state.policy, tokenizer, tests, f"evaluation {step}")
+        heard = dataclasses.replace(config, record_file=str(record))
+        dialogues = evaluate(heard, state.policy, tokenizer, tests, f"evaluation {step}")
     result = write_evaluation(run / "eval" / f"step_{step}", config, f"{run} step {step}", dialogues)
     scores = {f"eval/{key}": result[key] for key in ("score", "success", "failure")}
     write_lines(path, [*lines[:-1], json.dumps(without_nan(row | scores)).encode()])
@@ -263,10 +266,10 @@ def train(config: Config, user: User | None = None) -> Path:
     if state.step >= config.steps and model.is_dir():
         print(f"{run} is finished: {state.step} steps. The model lies in {model}; steps={state.step + 100} trains on")
         return model
+    user = user or make_user(config, config.start_emotion, config.user_mode)
     prepare_run(config, run, talk, state.step)
     count, head = config.groups * config.group_size, None if state.critic else state.value_head
     engine = make_engine(config, state.policy, chat, config.temperature, count, head)
-    user = user or make_user(config, config.start_emotion, config.user_mode)
     board = SummaryWriter(run / "tb", purge_step=state.step + 1)
     saved, skipped = state.step if resumed else -1, 0
     bar = tqdm(total=config.steps, initial=state.step, desc=config.algorithm, unit="step", dynamic_ncols=True)
@@ -280,6 +283,8 @@ def train(config: Config, user: User | None = None) -> Path:
                 with interrupts.may_abandon():
                     dialogues, metrics = roll_out(state, config, profiles, engine, chat, user, talk)
                 rolled = time.perf_counter()
+                if isinstance(user, LLMUser):
+                    metrics |= user.client.usage.take(config.price_in, config.price_out)
                 metrics |= update(state, config, dialogues, engine.banned)
                 for name in (*LEARNT, *LEARNT_BY[config.algorithm], "rollout/sampler_gap"):
                     metrics.setdefault(name, math.nan)  # every line has every key, though nothing was learnt

@@ -1,0 +1,402 @@
+"""Users that are language models: what a server may do to us, dialogues, record and replay, training runs, Local."""
+
+import itertools
+import json
+import logging
+import random
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import make_engine, make_jobs, make_talk, tiny_model
+from runs import argv, metrics, restored, tiny_runs  # noqa: F401
+from server import ideal, prompts_folder, serve  # noqa: F401
+
+import eval as evaluation
+import llm
+import train
+from chat import Reply, load_tokenizer
+from config import Config, InputError
+from dist import checkpoints
+from engine import hash_key
+from llm import Answer, Call, Endpoint, Record, Usage
+from model import save_model
+from rollout import USER_STREAM, log_line, run_dialogues
+from simulator import APPRAISAL, EmotionRules, LLMUser
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def no_backoff(monkeypatch):
+    """Tries follow each other at once, and the circuit breaker's pauses are short."""
+    monkeypatch.setattr(llm, "random", SimpleNamespace(uniform=lambda low, high: 0.0))
+    monkeypatch.setattr(llm, "PAUSE", (0.05, 0.1))
+
+
+# --- the endpoint
+
+
+def endpoint(server, **changes):
+    values = dict(model="m", url=server.url, key_env="", temperature=0.7, tokens=64, concurrency=4, retries=3,
+                  try_timeout=0.4, dialogue_timeout=10.0)  # fmt: skip
+    return Endpoint(**{**values, **changes})
+
+
+def call(member=0, turn=1, **changes):
+    values = dict(key=(0, member), seed=7 + member, turn=turn, hop="appraisal", attempt=0, system='"change"',
+                  user=f"member {member}", fields=APPRAISAL)  # fmt: skip
+    return Call(**{**values, **changes})
+
+
+def ask(client, *calls):
+    """Submit calls and wait for their answers, in the order of the calls."""
+    for one in calls:
+        client.submit(one)
+    got, limit = {}, time.monotonic() + 15
+    while len(got) < len(calls) and time.monotonic() < limit:
+        got |= dict(client.poll(0.2))
+    return [got[one] for one in calls]
+
+
+@pytest.mark.parametrize("fault", [
+    "429 at once", "500", "503", "drop", "hang", "trickle", "blank", "not json", "html", "no message"])
+def test_a_passing_fault_is_tried_again_and_answered(fault):
+    with serve(fault) as server:
+        client = endpoint(server)
+        begun = time.monotonic()
+        assert ask(client, call()) == [Answer(ideal('"change"', "member 0"))]
+        assert time.monotonic() - begun < 3, "a try ends in time, whatever trickles in"
+        assert len(server.requests) == 2
+        usage = client.usage.take(3.0, 5.0)
+        assert (usage["simulator/llm_calls"], usage["simulator/retries"]) == (2, 1)
+        answered = 1 + (fault == "blank")
+        assert (usage["simulator/tokens_in"], usage["simulator/tokens_out"]) == (100 * answered, 10 * answered)
+        assert usage["simulator/cost"] == pytest.approx(350e-6 * answered) and usage["simulator/latency_p95"] > 0
+        assert not any(client.usage.take(3.0, 5.0).values())
+
+
+def test_what_is_asked():
+    with serve() as server:
+        assert ask(endpoint(server), call(attempt=2))[0].text
+        sent = server.requests[0]
+        assert (sent["path"], sent["model"], sent["temperature"]) == ("/v1/chat/completions", "m", 0.7)
+        assert (sent["max_tokens"], sent["seed"], sent["response_format"]) == (64, 9, {"type": "json_object"})
+        said = [{"role": "system", "content": '"change"'}, {"role": "user", "content": "member 0"}]
+        assert sent["messages"] == said
+
+
+@pytest.mark.parametrize("status", ["400", "401", "402", "403", "404", "422"])
+def test_a_useless_try_is_made_once_and_after_a_fatal_one_nobody_asks(status):
+    with serve(fault=lambda n: status) as server:
+        client = endpoint(server, json_mode=False)
+        assert status in ask(client, call())[0].failed and len(server.requests) == 1
+        assert status in ask(client, call(1))[0].failed
+        assert len(server.requests) == (2 if status in ("400", "422") else 1)
+
+
+def test_json_mode_is_dropped_for_good_where_it_alone_is_refused():
+    with serve(fault=lambda n: "400 on response_format") as server:
+        client = endpoint(server)
+        assert all(answer.text for answer in [*ask(client, call()), *ask(client, call(1))])
+        assert ["response_format" in sent for sent in server.requests] == [True, False, False]
+    with serve("400", "400") as server:  # for another reason
+        client = endpoint(server)
+        assert "400" in ask(client, call())[0].failed and ask(client, call(1))[0].text
+        assert "response_format" in server.requests[-1]
+
+
+def test_retry_after_is_honoured_and_gives_up_where_it_asks_for_too_long():
+    with serve("429", "429") as server:
+        assert ask(endpoint(server), call())[0].text
+        assert all(b - a >= 0.3 for a, b in zip(server.times, server.times[1:])) and len(server.times) == 3
+    with serve("429") as server:
+        assert "429" in ask(endpoint(server, dialogue_timeout=0.2), call())[0].failed and len(server.times) == 1
+
+
+def test_a_dialogue_waits_no_longer_than_it_may_over_all_its_calls():
+    with serve("", "hang", "hang", delay=lambda n: 0.4 * (n == 0)) as server:
+        client, begun = endpoint(server, try_timeout=15.0, dialogue_timeout=0.7), time.monotonic()
+        assert ask(client, call())[0].text
+        assert ask(client, call(turn=3))[0].failed and time.monotonic() - begun < 1.5
+        assert ask(client, call(turn=3))[0].failed and len(server.requests) == 2, "its time is up"
+    with serve() as server:
+        client.client = endpoint(server).client
+        assert ask(client, call(1))[0].text, "another dialogue's is not"
+        client.begin()
+        assert ask(client, call())[0].text, "nor is it in a new rollout"
+
+
+def test_after_several_failures_in_a_row_nobody_asks_for_a_while(monkeypatch):
+    monkeypatch.setattr(llm, "PAUSE", (0.5, 0.5))
+    with serve(*["500"] * llm.BREAK_AFTER) as server:
+        client = endpoint(server, retries=20, concurrency=2)
+        client.submit(call())
+        limit = time.monotonic() + 5
+        while client.paused_until == 0 and time.monotonic() < limit:
+            time.sleep(0.01)
+        assert all(answer.text for _, answer in [*client.poll(5), *zip([0], ask(client, call(1)))])
+        gaps = [b - a for a, b in zip(server.times, server.times[1:])]
+        assert max(gaps[: llm.BREAK_AFTER - 1]) < 0.3 and gaps[llm.BREAK_AFTER - 1] > 0.4 and len(gaps) == 9
+        client.paused_until, client.dialogue_timeout = time.monotonic() + 60, 0.3
+        assert ask(client, call(2))[0].failed and len(server.times) == 10
+
+
+def test_the_key_is_sent_and_never_told(monkeypatch, caplog):
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("USER_KEY", "sk-very-secret")
+    with serve("500", "429 at once", "not json", "drop", "hang", "401") as server:
+        client = endpoint(server, key_env="USER_KEY", retries=9)
+        failed = ask(client, call())[0].failed
+        assert {sent["key"] for sent in server.requests} == {"Bearer sk-very-secret"} and "401" in failed
+        assert "secret" not in failed + caplog.text + repr(client.__dict__)
+    for name in ("", "  "):
+        monkeypatch.setenv("USER_KEY", name)
+        with pytest.raises(InputError, match="user_key_env.*USER_KEY"):
+            endpoint(server, key_env="USER_KEY")
+
+
+# --- the user
+
+
+class Patient:
+    """A client without a network that answers after a random number of polls, now and then only when nothing runs."""
+
+    def __init__(self, seed=0):
+        self.random, self.waiting, self.usage, self.calls = random.Random(seed), [], Usage(), []
+
+    def begin(self):
+        self.waiting = []
+
+    def submit(self, call):
+        self.calls.append(call)
+        self.waiting.append([self.random.choice((0, 1, 3, 999)), call])
+
+    def poll(self, timeout):
+        ready = [call for wait, call in self.waiting if wait <= 0 or (timeout and wait > 99)]
+        self.waiting = [[wait - 1, call] for wait, call in self.waiting if call not in ready]
+        return [(call, Answer(ideal(call.system, call.user))) for call in ready]
+
+
+def hold(chat, client, folder="", jobs=None, slots=4, turns=3, **changes):
+    """Dialogues of the tiny policy with an LLMUser."""
+    user = LLMUser(client, EmotionRules(), prompts=str(folder), **changes)
+    engine, talk = make_engine(chat, slots=slots, capacity=1024), make_talk(max_turns=turns)
+    return run_dialogues(jobs or make_jobs(2, 2), engine, chat, user, talk, (7, 0))
+
+
+def logged(dialogues):
+    """The logs, and beside them every log-probability: equal only if all batches had the same shapes."""
+    lines = [json.dumps(log_line(dialogue), ensure_ascii=False) for dialogue in dialogues]
+    return lines, [turn.logps for dialogue in dialogues for turn in dialogue.turns]
+
+
+@pytest.mark.parametrize("one_call", [False, True])
+@pytest.mark.parametrize("prompts", ["ours", "short"])
+def test_emotions_follow_the_logged_changes_and_hops_come_in_order(chat, folder, one_call, prompts):
+    client = Patient()
+    dialogues = hold(chat, client, folder if prompts == "short" else "", one_call=one_call)
+    for dialogue in dialogues:
+        row, turns = log_line(dialogue), dialogue.turns
+        assert evaluation.mismatches(row, "here") == [] and dialogue.ended == "max_turns" and len(turns) == 3
+        asked = [call for call in client.calls if call.key == dialogue.key]
+        assert [call.hop for call in asked] == (["both"] if one_call else ["appraisal", "reply"]) * 3
+        assert [call.turn for call in asked[:: 2 - one_call]] == [1, 3, 5]
+        assert all(dialogue.profile.scene in call.system and turns[0].reply.text in call.user for call in asked)
+        appraised, last = [json.loads(ideal(call.system, call.user)) for call in asked[:: 2 - one_call]], asked[-1]
+        assert [turn.user.appraisal.change for turn in turns] == [answer["change"] for answer in appraised]
+        assert [turn.user.text for turn in turns] == [
+            json.loads(ideal(call.system, call.user))["response"] for call in asked[1 - one_call :: 2 - one_call]]
+        assert last.user.count(turns[1].user.text) == 1 and f"Partner: {turns[1].reply.text}\n" in last.user
+        before = dialogue.turns[-1 - one_call].user.emotion  # hop two knows what hop one has done, both do not
+        assert one_call or f"{before:g}" in last.user
+    assert len({dialogue.emotion for dialogue in dialogues}) > 1
+
+
+def test_a_goodbye_ends_a_dialogue_but_not_its_opening(chat, folder):
+    client = Patient()
+    client.poll, poll = lambda timeout: [
+        (call, Answer('{"change": 4, "response": "Goodbye then."}')) for call, _ in poll(timeout)], client.poll
+    dialogues = hold(chat, client, folder, make_jobs(2, 2, first_talk=None))
+    assert all(dialogue.ended == "goodbye" and len(dialogue.turns) == 1 for dialogue in dialogues)
+    assert [evaluation.mismatches(log_line(dialogue), "") for dialogue in dialogues] == [[]] * 4
+
+
+def test_what_cannot_be_read_is_asked_again_under_another_seed_then_the_dialogue_fails(chat, folder):
+    def say(system, user):
+        return "Hm, hard to say." if "User01" in system else ideal(system, user)
+
+    with serve(say=say) as server:
+        client = endpoint(server)
+        dialogues = hold(chat, client, folder, turns=1, retries=2)
+        seeds = [sent["seed"] for sent in server.requests if "User01" in sent["messages"][0]["content"]]
+        assert seeds == [(dialogues[1].seed + attempt) % (1 << 31) for attempt in range(3)]
+        assert [dialogue.ended for dialogue in dialogues] == ["max_turns", "failed", "max_turns", "max_turns"]
+        assert "dialogue 0.1, turn 1, appraisal" in dialogues[1].why and not dialogues[1].completed
+        assert client.usage.take(0, 0)["simulator/parse_failures"] == 3
+    with serve("prose", "250", "30") as server:
+        client, jobs = endpoint(server), make_jobs(1, 1)
+        (dialogue,) = hold(chat, client, folder, jobs, turns=1, retries=2)
+        said = dialogue.turns[0].user
+        assert (said.appraisal.change, said.change, dialogue.emotion) == (30, 10, 40)
+        usage = client.usage.take(0, 0)
+        assert (usage["simulator/clamped"], usage["simulator/parse_failures"]) == (1, 2)
+        assert evaluation.mismatches(log_line(dialogue), "") == []
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_an_opening_is_made_once_for_a_group_and_again_where_its_maker_fails(chat, folder, bad):
+    client = Patient()
+    client.poll, poll = lambda timeout: [
+        (call, Answer(failed="mute") if bad and call.key == (0, 0) else answer) for call, answer in poll(timeout)
+    ], client.poll
+    dialogues = hold(chat, client, folder, make_jobs(2, 3, first_talk=None), slots=6)
+    made = [call.key for call in client.calls if call.hop == "opening"]
+    assert sorted(made) == ([(0, 0), (0, 1), (1, 0)] if bad else [(0, 0), (1, 0)])
+    for group in range(2):
+        assert len({d.opening.text for d in dialogues if d.key[0] == group and d.completed}) == 1
+    assert [d.why for d in dialogues if not d.completed] == ["mute"] * bad
+
+
+# --- record and replay
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_replay_is_the_same_to_the_bit_however_answers_were_delayed(chat, folder, tmp_path, seed):
+    path, jobs = tmp_path / "new" / "record.jsonl", make_jobs(3, 2, first_talk=None)
+    recorded = logged(hold(chat, Record(path, {}, Patient(seed)), folder, jobs, slots=3))
+    size = path.stat().st_size
+    assert logged(hold(chat, Record(path, {}), folder, jobs, slots=3)) == recorded
+    assert path.stat().st_size == size
+
+
+def test_a_replay_needs_no_server_and_names_a_call_that_was_not_recorded(chat, folder, tmp_path):
+    path, shaky = tmp_path / "record.jsonl", {3: "500", 5: "blank", 8: "prose"}
+    with serve(fault=lambda n: shaky.get(n, ""), delay=lambda n: n * 7 % 5 / 100) as server:
+        config = Config(user="llm", user_model="m", user_url=server.url, record="record", record_file=str(path),
+                        run=str(tmp_path / "run"))  # fmt: skip
+        recorded = logged(hold(chat, evaluation.make_client(config), folder))
+        made, replay = server.connections, Config(**{**vars(config), "record": "replay", "user_key_env": "NONE"})
+        assert made > 0 and logged(hold(chat, evaluation.make_client(replay), folder)) == recorded
+        assert server.connections == made
+        with pytest.raises(InputError, match=r"record.jsonl: dialogue \d\.\d, turn 1, appraisal"):
+            hold(chat, evaluation.make_client(replay), folder, make_jobs(2, 2, scene="Another."))
+        with pytest.raises(InputError, match=r"dialogue \d\.\d, turn 7, appraisal"):
+            hold(chat, evaluation.make_client(replay), folder, turns=4)
+    path.write_bytes(path.read_bytes() + b'{"address": ')  # a kill in the middle of a line
+    assert logged(hold(chat, Record(path, evaluation.make_client(replay).settings), folder)) == recorded
+    Record(path, {}, Patient())
+    assert path.read_bytes().endswith(b"}\n")
+    path.write_text("[]\n")
+    for bad in (path, tmp_path / "nothing.jsonl"):
+        with pytest.raises(InputError, match=bad.name):
+            Record(bad, {})
+
+
+# --- training runs
+
+
+def shaky(server, rate=0.3, doomed=()):
+    """Transient faults, all kinds in turn, for a share of the requests, and always for some dialogues' seeds."""
+    kinds = ["429 at once", "500", "drop", "hang", "blank", "prose", "250", "not json", "html"]
+    bad = {(seed + attempt) % (1 << 31) for seed in doomed for attempt in range(9)}
+
+    def fault(n):
+        if server.requests[n]["seed"] in bad:
+            return "500"
+        return kinds[hash_key(n, 5) % len(kinds)] if hash_key(n) % 100 < 100 * rate else ""
+
+    return fault
+
+
+def llm_run(tiny, server, folder, **changes):
+    values = dict(algorithm="grpo", user="llm", user_model="m", user_url=server.url, prompts=str(folder), steps=2,
+                  user_try_timeout=0.3, user_retries=5, user_dialogue_timeout=9.0)  # fmt: skip
+    return tiny(**{**values, **changes})
+
+
+def test_a_run_with_a_shaky_server_completes_and_excludes_failed_dialogues(tiny, folder):
+    with serve() as server:
+        server.fault = shaky(server, doomed=[hash_key(0, 0, 0, 1, USER_STREAM)])  # seed, step, group, member
+        config = llm_run(tiny, server, folder)
+        assert train.train(config).is_dir()
+    rows = evaluation.read_log(f"{config.run}/dialogues.jsonl")
+    assert len(rows) == 16 and [row for row in rows if evaluation.mismatches(row, "")] == []
+    for step, numbers in enumerate(metrics(config), 1):
+        good = [row for row in rows if row["step"] == step and row["status"] == "ok"]
+        assert numbers["simulator/failed"] == 8 - len(good) <= 2
+        assert numbers["reward/mean"] == pytest.approx(sum(row["reward"] for row in good) / len(good))
+        assert numbers["simulator/retries"] > 0 and numbers["simulator/llm_calls"] > 8 * 4
+        for row in good:  # no reward without an appraisal
+            assert all("change" in said["planning"] for said in row["history"][2::2]) and len(row["history"]) == 5
+    failed = [row for row in rows if row["status"] == "failed"]
+    assert {"reward", "emo_point"}.isdisjoint(*failed) and (1, [0, 1]) in [(row["step"], row["key"]) for row in failed]
+
+
+def test_a_run_whose_key_is_refused_stops_with_a_checkpoint_and_says_why(tiny, folder, capfd):
+    with serve(fault=lambda n: "401" if n >= 8 * 4 else "") as server:
+        config = llm_run(tiny, server, folder)
+        assert train.main(argv(config)) == 1
+        assert len(server.requests) <= 8 * 4 + 8
+    assert "401; look at user_url, user_model and the key" in capfd.readouterr().err
+    assert [path.name for path in checkpoints(Path(config.run))] == ["step_1"]
+
+
+def test_a_run_with_a_dead_server_stops_with_a_checkpoint_and_says_why(tiny, folder, capfd):
+    with serve() as server:
+        config = llm_run(tiny, server, folder, user_retries=1, user_dialogue_timeout=1.0)
+    assert train.main(argv(config)) == 1
+    assert "8 of 8 users failed, twice" in capfd.readouterr().err
+    assert [path.name for path in checkpoints(Path(config.run))] == ["step_0"]
+
+
+def test_a_missing_key_leaves_no_run_behind(tiny, folder):
+    with serve() as server, pytest.raises(InputError, match="user_key_env"):
+        train.train(config := llm_run(tiny, server, folder, user_key_env="NO_SUCH_KEY"))
+    assert not Path(config.run).exists()
+
+
+def test_a_replayed_run_is_the_recorded_one_evaluations_included(tiny, folder, monkeypatch):
+    monkeypatch.setattr(evaluation, "make_user", train.make_user)
+    people, count = folder.parent / "people.jsonl", itertools.count()
+    rows = [json.loads(line) for line in people.read_text().splitlines()]
+    rows[::2] = [{key: row[key] for key in row if key != "first_talk"} for row in rows[::2]]
+    people.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with serve(say=lambda system, user: ideal(system, f"{user}{next(count)}")) as server:  # never twice the same
+        config = llm_run(tiny, server, folder, record="record", eval_every=1)
+        train.train(config)
+        made, before = server.connections, Path(config.run)
+        again = llm_run(tiny, server, folder, run="again", record="replay", eval_every=1,
+                        record_file=str(before / "record.jsonl"))  # fmt: skip
+        train.train(again)
+        assert server.connections == made
+    logs = [f"{place}dialogues.jsonl" for place in ("", "eval/step_1/", "eval/step_2/")]
+    for name in [*logs, "model/model.safetensors"]:
+        assert (before / name).read_bytes() == (Path(again.run) / name).read_bytes(), name
+
+
+# --- a local checkpoint
+
+
+@pytest.mark.parametrize("speaks", [False, True])
+def test_a_local_user_completes_a_rollout_and_answers_the_same_in_any_batch(tiny, chat, folder, monkeypatch, speaks):
+    save_model(tiny_model(), load_tokenizer("bytes"), folder.parent / "user")
+    config = tiny(user="local", user_model=str(folder.parent / "user"), user_tokens=8, user_context=400,
+                  user_concurrency=3, user_retries=1, prompts=str(folder))  # fmt: skip
+    client = evaluation.make_client(config)
+    calls = [call(member, user=f"{member}" * 50 * member) for member in range(4)]
+    calls += [call(1, turn=3), call(4, user="x" * 400)]
+    together = ask(client, *calls)
+    assert "too long" in together[-1].failed and len({answer.text for answer in together[:-1]}) == 5
+    for one, answer in zip(calls, together):
+        client.begin()
+        assert ask(client, one) == [answer]
+    if speaks:
+        said = Reply([], '{"change": 4, "response": "Hm."}')
+        monkeypatch.setattr(client.chat, "read", lambda ids: said)
+    client.usage.take(0, 0)
+    dialogues = hold(chat, client, folder, retries=1, turns=2, slots=4)
+    assert [dialogue.ended for dialogue in dialogues] == ["max_turns" if speaks else "failed"] * 4
+    usage = client.usage.take(0, 0)
+    assert usage["simulator/llm_calls"] == (16 if speaks else 8) and usage["simulator/tokens_out"] > 0
