@@ -83,8 +83,7 @@ def test_what_is_asked():
         sent = server.requests[0]
         assert (sent["path"], sent["model"], sent["temperature"]) == ("/v1/chat/completions", "m", 0.7)
         assert (sent["max_tokens"], sent["seed"], sent["response_format"]) == (64, 9, {"type": "json_object"})
-        said = [{"role": "system", "content": '"change"'}, {"role": "user", "content": "member 0"}]
-        assert sent["messages"] == said
+        assert [message["content"] for message in sent["messages"]] == ['"change"', "member 0"]
 
 
 @pytest.mark.parametrize("status", ["400", "401", "402", "403", "404", "422"])
@@ -132,8 +131,8 @@ def test_after_several_failures_in_a_row_nobody_asks_for_a_while(monkeypatch):
     monkeypatch.setattr(llm, "PAUSE", (0.5, 0.5))
     with serve(*["500"] * llm.BREAK_AFTER) as server:
         client = endpoint(server, retries=20, concurrency=2)
-        client.submit(call())
         limit = time.monotonic() + 5
+        client.submit(call())
         while client.paused_until == 0 and time.monotonic() < limit:
             time.sleep(0.01)
         assert all(answer.text for _, answer in [*client.poll(5), *zip([0], ask(client, call(1)))])
@@ -278,8 +277,8 @@ def test_a_replay_needs_no_server_and_names_a_call_that_was_not_recorded(chat, f
                         run=str(tmp_path / "run"))  # fmt: skip
         recorded = logged(hold(chat, evaluation.make_client(config), folder))
         made, replay = server.connections, Config(**{**vars(config), "record": "replay", "user_key_env": "NONE"})
-        assert made > 0 and logged(hold(chat, evaluation.make_client(replay), folder)) == recorded
-        assert server.connections == made
+        assert logged(hold(chat, evaluation.make_client(replay), folder)) == recorded
+        assert server.connections == made > 0
         with pytest.raises(InputError, match=r"record.jsonl: dialogue \d\.\d, turn 1, appraisal"):
             hold(chat, evaluation.make_client(replay), folder, make_jobs(2, 2, scene="Another."))
         with pytest.raises(InputError, match=r"dialogue \d\.\d, turn 7, appraisal"):
@@ -322,7 +321,7 @@ def test_a_run_with_a_shaky_server_completes_and_excludes_failed_dialogues(tiny,
         config = llm_run(tiny, server, folder)
         assert train.train(config).is_dir()
     rows = evaluation.read_log(f"{config.run}/dialogues.jsonl")
-    assert len(rows) == 16 and [row for row in rows if evaluation.mismatches(row, "")] == []
+    assert len(rows) == 16 and not [row for row in rows if evaluation.mismatches(row, "")]
     for step, numbers in enumerate(metrics(config), 1):
         good = [row for row in rows if row["step"] == step and row["status"] == "ok"]
         assert numbers["simulator/failed"] == 8 - len(good) <= 2
@@ -367,9 +366,8 @@ def test_a_replayed_run_is_the_recorded_one_evaluations_included(tiny, folder, m
         config = llm_run(tiny, server, folder, record="record", eval_every=1)
         train.train(config)
         made, before = server.connections, Path(config.run)
-        again = llm_run(tiny, server, folder, run="again", record="replay", eval_every=1,
-                        record_file=str(before / "record.jsonl"))  # fmt: skip
-        train.train(again)
+        replay = dict(run="again", record="replay", record_file=str(before / "record.jsonl"))
+        train.train(again := llm_run(tiny, server, folder, eval_every=1, **replay))
         assert server.connections == made
     logs = [f"{place}dialogues.jsonl" for place in ("", "eval/step_1/", "eval/step_2/")]
     for name in [*logs, "model/model.safetensors"]:
@@ -396,7 +394,7 @@ def test_a_local_user_completes_a_rollout_and_answers_the_same_in_any_batch(tiny
         said = Reply([], '{"change": 4, "response": "Hm."}')
         monkeypatch.setattr(client.chat, "read", lambda ids: said)
     client.usage.take(0, 0)
-    dialogues = hold(chat, client, folder, retries=1, turns=2, slots=4)
-    assert [dialogue.ended for dialogue in dialogues] == ["max_turns" if speaks else "failed"] * 4
+    ended = [dialogue.ended for dialogue in hold(chat, client, folder, retries=1, turns=2)]
+    assert ended == ["max_turns" if speaks else "failed"] * 4
     usage = client.usage.take(0, 0)
     assert usage["simulator/llm_calls"] == (16 if speaks else 8) and usage["simulator/tokens_out"] > 0

@@ -63,7 +63,7 @@ def test_an_appraisal_is_read(text, change):
 @pytest.mark.parametrize("text", [
     "", "I liked it, say 5.", '{"content": "5", "analyse": "+5"}', "analyse: the change is 5", ROW % "null",
     ROW % '""', ROW % '"5 or 6"', ROW % 250, ROW % "NaN", ROW % "true", ROW % "1e400", (ROW % 5)[:-1],
-    "change: 5\nchange: 6", "<think>change: 5",
+    "change: 5\nchange: 6", "<think>\nchange: 5",
     f"The reply says {ROW % 10}, so {ROW % -5}", '{"change": 5' + "0" * 9000,
     '{"change": ' + "[" * 200_000, '{"response": "5"}',
 ])  # fmt: skip
