@@ -245,7 +245,7 @@ def check(config: Config) -> Config:
         )
     for needed in {"llm": ("user_model", "user_url"), "local": ("user_model",)}.get(config.user, ()):
         if not getattr(config, needed) and config.record != "replay":
-            raise InputError(f"option {needed!r} is empty; user={config.user} needs it, see docs/simulators.md")
+            raise InputError(f"option {needed!r} is empty; user={config.user} needs it, see python train.py --help")
     if config.user == "offline" and config.record != "off":
         raise InputError("option 'record' is for users that are language models; user=offline needs no record")
     if config.user == "local" and config.user_tokens >= config.user_context:

@@ -32,7 +32,8 @@ from llm import Endpoint, Local, Record
 from model import Transformer, ValueHead, banned_ids, load_model, load_strictly, read_tensors
 from offline import OfflineUser, user_hash
 from rollout import EXCLUDED, Dialogue, Job, Talk, log_line, run_dialogues
-from simulator import INTENTIONS, PERSONA_TYPES, EmotionRules, LLMUser, Profile, User, band, canonical, load_profiles
+from sentient import LLMUser
+from simulator import INTENTIONS, PERSONA_TYPES, EmotionRules, Profile, User, band, canonical, load_profiles
 
 EVAL_STREAM = 1 << 32  # stands where a training step's number does, and is never one
 ENDINGS = ("content", "left", "goodbye", "max_turns", "context_full", "format", EXCLUDED)
@@ -53,6 +54,14 @@ def make_user(config: Config, start: float, mode: str) -> User:
     if config.user == "offline":
         return OfflineUser(rules, mode)
     return LLMUser(make_client(config), rules, mode, config.prompts, config.one_call, config.user_retries)
+
+
+def user_name(config: Config, mode: str) -> str:
+    """Who the user is, for whoever reads a result: the offline user by its hash, a language model by name."""
+    if config.user == "offline":
+        return f"offline {user_hash()}, {mode}"
+    prompts = config.prompts or "our prompts"
+    return f"{config.user} {config.user_model} at temperature {config.user_temperature:g}, {prompts}, {mode}"
 
 
 def make_client(config: Config) -> Endpoint | Local | Record:
@@ -281,7 +290,7 @@ def write_evaluation(folder: Path, config: Config, model: str, dialogues: list[D
     (folder / "dialogues.jsonl").write_text("".join(lines), encoding="utf-8")
     settings = {
         "model": model,
-        "user": f"{config.user} {user_hash()}, {config.eval_user_mode}",
+        "user": user_name(config, config.eval_user_mode),
         "profiles": config.eval_profiles,
         "dialogues": len(rows),
         "max_turns": config.eval_max_turns,

@@ -37,7 +37,8 @@ from engine import Engine, hash_key
 from eval import evaluate, make_engine, make_talk, make_user, pick_device, user_hash, without_nan, write_evaluation
 from model import save_model
 from rollout import Dialogue, Job, Talk, log_line, run_dialogues
-from simulator import LLMUser, Profile, User, load_profiles
+from sentient import LLMUser
+from simulator import Profile, User, load_profiles
 from update import State, build, update
 
 ORDER_STREAM = 2  # keeps the order of profiles apart from other uses of the seed

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from config import InputError, load_config  # noqa: E402
-from eval import user_hash  # noqa: E402
+from eval import user_name  # noqa: E402
 from simulator import load_profiles  # noqa: E402
 
 
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     people = len(load_profiles(ROOT / config.profiles)), len(load_profiles(ROOT / config.eval_profiles))
     print(f"""
 model      {config.model}, {config.algorithm}, {"with" if config.think else "without"} thinking
-user       {config.user} (no LLM; {user_hash()}), {config.user_mode}
+user       {user_name(config, config.user_mode)}
 training   {config.steps} steps of {config.groups * config.group_size} dialogues with {people[0]} people, \
 {config.max_turns} turns of at most {config.reply_tokens} tokens, emotion starts at {config.start_emotion:g}
 benchmark  {people[1]} people never trained on x {config.eval_dialogues} dialogues, {config.eval_max_turns} replies \

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from simulator import APPRAISAL
+from sentient import APPRAISAL
 
 PROMPT = {  # short ones: a byte is a token for the tiny models
     "opening": '{scene} Keys: "thinking", "response".\n=====\nBegin.',

@@ -23,7 +23,8 @@ from engine import hash_key
 from llm import Answer, Call, Endpoint, Record, Usage
 from model import save_model
 from rollout import USER_STREAM, log_line, run_dialogues
-from simulator import APPRAISAL, EmotionRules, LLMUser
+from sentient import APPRAISAL, LLMUser
+from simulator import EmotionRules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

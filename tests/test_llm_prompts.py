@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from server import PROMPT, prompts_folder  # noqa: F401
 
 from config import InputError
-from simulator import APPRAISAL, SLOTS, SPEECH, EmotionRules, LLMUser, load_prompts, read_change, read_fields
+from sentient import APPRAISAL, SLOTS, SPEECH, LLMUser, load_prompts, read_change, read_fields
+from simulator import EmotionRules
 
 TOLD = "Well, this is what I say."
 

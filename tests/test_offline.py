@@ -3,12 +3,14 @@
 import os
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import offline
 from offline import MODES, WEIGHTS, OfflineUser, appraise, facts, user_hash
 from simulator import INTENTIONS, EmotionRules, Profile, load_profiles
 
@@ -454,8 +456,18 @@ def test_any_text_gives_a_bounded_change(text, intention, language, mode):
     assert -10 <= change(language, "flat", intention, text, mode=mode, earlier=[text[::-1], text[:30]]) <= 10
 
 
-def test_user_hash_is_sixteen_hex_digits():
-    assert len(user_hash()) == 16 and int(user_hash(), 16) >= 0
+def test_user_hash_changes_with_every_data_file(tmp_path, monkeypatch):
+    plain = user_hash()
+    assert len(plain) == 16 and int(plain, 16) >= 0
+    for path in sorted(offline.DATA.iterdir()):
+        folder = tmp_path / path.name
+        shutil.copytree(offline.DATA, folder)
+        with open(folder / path.name, "a") as file:
+            file.write("\n")
+        with monkeypatch.context() as changed:
+            changed.setattr(offline, "DATA", folder)
+            assert user_hash() != plain
+    assert user_hash() == plain
 
 
 # What a policy came to after 32 steps of PPO: the person's nouns, strung on "your".
