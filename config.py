@@ -72,6 +72,9 @@ class Config:
     # rollout
     groups: int = option(8, "profiles per step")
     group_size: int = option(4, "dialogues per profile")
+    learn_from: int = option(
+        0, "learn from that many dialogues of a group only, those whose rewards vary most (PODS); 0: from all"
+    )
     max_turns: int = option(8, "replies of the policy per dialogue, all of them appraised")
     slots: int = option(32, "dialogues generated at the same time")
     reply_tokens: int = option(1024, "cap on sampled tokens a turn, thoughts included")
@@ -80,7 +83,12 @@ class Config:
     start_emotion: float = option(30.0, "emotion a training dialogue starts with (RLVER 30, SAGE 40)")
     # optimisation
     steps: int = option(350, "optimisation steps (rollout + update)")
-    lr: float = option(1e-6, "learning rate of the policy, constant after warm-up")
+    lr: float = option(1e-6, "learning rate of the policy, after warm-up")
+    lr_schedule: str = option(
+        "constant",
+        "learning rates after warm-up: constant, or linear (to 0 behind the last of `steps`)",
+        ("constant", "linear"),
+    )
     warmup: int = option(20, "steps of linear warm-up of the policy's learning rate")
     critic: str = option(
         "trunk", "PPO's critic: trunk (a model of its own) or head (a value head on the policy)", ("trunk", "head")
@@ -117,6 +125,7 @@ class Config:
     eval_temperature: float = option(1.0, "sampling temperature of evaluation")
     eval_start_emotion: float = option(40.0, "emotion an evaluation dialogue starts with (SAGE 40)")
     eval_seed: int = option(1000, "seed of evaluation noise")
+    seeds: int = option(1, "times the benchmark is held, under eval_seed, eval_seed + 1, ...")
     eval_user_mode: str = option("vanilla", "user of the evaluation", ("vanilla", "challenging"))
     save_every: int = option(5, "steps between checkpoints; the last step is always saved; 0: only the last")
     keep: int = option(2, "checkpoints kept")
@@ -214,7 +223,7 @@ def check(config: Config) -> Config:
             raise InputError(f"option {f.name!r} is one of {', '.join(f.metadata['choices'])}, not {value!r}{hint}")
     for key in (
         "groups", "group_size", "max_turns", "slots", "reply_tokens", "steps", "minibatches", "epochs", "micro_tokens",
-        "eval_dialogues", "eval_max_turns", "keep", "user_tokens", "user_concurrency",
+        "eval_dialogues", "eval_max_turns", "seeds", "keep", "user_tokens", "user_concurrency",
     ):
         if getattr(config, key) < 1:
             raise InputError(f"option {key!r} must be at least 1, not {getattr(config, key)}")
@@ -224,7 +233,7 @@ def check(config: Config) -> Config:
             raise InputError(f"option {key!r} must be above 0, not {getattr(config, key)}")
     for key in (
         "warmup", "critic_warmup", "weight_decay", "value_clip", "vf_coef", "entropy_coef", "kl_coef", "eval_every",
-        "save_every", "threads", "user_temperature", "user_retries", "price_in", "price_out",
+        "save_every", "threads", "learn_from", "user_temperature", "user_retries", "price_in", "price_out",
     ):
         if getattr(config, key) < 0:
             raise InputError(f"option {key!r} must not be negative, not {getattr(config, key)}")
@@ -238,6 +247,11 @@ def check(config: Config) -> Config:
     if config.algorithm == "grpo" and config.group_size < 2:
         raise InputError(
             "option 'group_size' must be at least 2 for grpo: a group of one has no baseline; or set algorithm=ppo"
+        )
+    if config.learn_from == 1 or config.learn_from > config.group_size:
+        raise InputError(
+            f"option 'learn_from' ({config.learn_from}) is 0, or at least 2 and at most 'group_size' "
+            f"({config.group_size}): one dialogue has nothing to be compared with"
         )
     if config.algorithm == "grpo" and config.credit != "final":
         raise InputError(
@@ -255,8 +269,8 @@ def check(config: Config) -> Config:
         raise InputError(
             f"option 'reply_tokens' ({config.reply_tokens}) must be below 'context_tokens' ({config.context_tokens})"
         )
-    if (dialogues := config.groups * config.group_size) < config.minibatches:
-        raise InputError(f"option 'minibatches' ({config.minibatches}) exceeds the dialogues of a step ({dialogues})")
+    if (dialogues := config.groups * (config.learn_from or config.group_size)) < config.minibatches:
+        raise InputError(f"option 'minibatches' ({config.minibatches}) exceeds a step's dialogues ({dialogues})")
     return config
 
 

@@ -12,15 +12,10 @@ SAGE's format, gzipped or not; SAGE's own can be scored and verified too.
 
 import dataclasses
 import functools
-import gzip
 import json
-import math
 import sys
-import zlib
-from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -29,14 +24,24 @@ from config import Config, InputError, help_text, load_config, read_saved, save_
 from dist import checkpoints
 from engine import Engine
 from llm import Endpoint, Local, Record
+from logs import (
+    by_profile,
+    interval,
+    mismatches,
+    paired_bootstrap,
+    read_log,
+    score_line,
+    score_text,
+    summary,
+    without_nan,
+)
 from model import Transformer, ValueHead, banned_ids, load_model, load_strictly, read_tensors
 from offline import OfflineUser, user_hash
-from rollout import EXCLUDED, Dialogue, Job, Talk, log_line, run_dialogues
+from rollout import Dialogue, Job, Talk, log_line, run_dialogues
 from sentient import LLMUser
-from simulator import INTENTIONS, PERSONA_TYPES, EmotionRules, Profile, User, band, canonical, load_profiles
+from simulator import EmotionRules, Profile, User, load_profiles
 
 EVAL_STREAM = 1 << 32  # stands where a training step's number does, and is never one
-ENDINGS = ("content", "left", "goodbye", "max_turns", "context_full", "format", EXCLUDED)
 
 
 def pick_device(config: Config) -> torch.device:
@@ -110,146 +115,56 @@ def make_talk(config: Config, training: bool) -> Talk:
     )
 
 
-def evaluate(config: Config, model: Transformer, tokenizer, profiles: list[Profile], title: str) -> list[Dialogue]:
-    """Hold `eval_dialogues` benchmark dialogues with each profile, under the same noise whenever it is called."""
-    chat = make_chat(tokenizer, config.think)
-    jobs = [Job((i, j), profile) for i, profile in enumerate(profiles) for j in range(config.eval_dialogues)]
-    engine = make_engine(config, model, chat, config.eval_temperature, len(jobs))
-    user = make_user(config, config.eval_start_emotion, config.eval_user_mode)
-    talk, seed = make_talk(config, training=False), (config.eval_seed, EVAL_STREAM)
-    with tqdm(total=len(jobs) * talk.max_turns, desc=title, unit="reply", leave=False, dynamic_ncols=True) as bar:
-        return run_dialogues(jobs, engine, chat, user, talk, seed, bar.update)
+def evaluate(
+    config: Config, model: Transformer, tokenizer, profiles: list[Profile], title: str, log: Path | None = None
+) -> tuple[list[dict], dict[str, float]]:
+    """Hold `eval_dialogues` benchmark dialogues with each profile under each seed, with the same noise at every call.
 
-
-def read_log(path: str) -> list[dict]:
-    """The dialogues of a log, gzipped or not. Raises InputError naming the line that is off."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such log")
-    data, rows = Path(path).read_bytes(), []
-    try:
-        data = gzip.decompress(data) if path.endswith(".gz") else data
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: not gzip, or cut short ({error})") from None
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path}:{number}: not JSON ({error})") from None
-        wanted = ["id", "history"]
-        if isinstance(row, dict) and row.get("status", "ok") == "ok":
-            wanted += ["emo_point", "emo_state"]
-        for key in wanted:
-            if not isinstance(row, dict) or key not in row:
-                raise InputError(f"{path}:{number}: no key {key!r}; a SAGE dialogue log is expected")
-        rows.append({**row, "line": number})
-    if not rows:
-        raise InputError(f"{path}: holds no dialogue")
-    return rows
-
-
-def without_nan(row: dict) -> dict:
-    """The row with None for the numbers that are not finite: JSON has no word for them."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-
-
-def completed(rows: list[dict]) -> list[dict]:
-    """The dialogues that count: those whose user did not fail."""
-    return [row for row in rows if row.get("status", "ok") == "ok"]
-
-
-def summary(rows: list[dict]) -> dict:
-    """n (completed dialogues), failed, score (mean final emotion), success and failure (counts)."""
-    points = [row["emo_point"] for row in completed(rows)]
-    return {
-        "n": len(points),
-        "failed": len(rows) - len(points),
-        "score": float(np.mean(points)) if points else math.nan,
-        "success": sum(point >= 100 for point in points),
-        "failure": sum(point < 10 for point in points),
-    }
-
-
-def score_line(name: str, rows: list[dict]) -> str:
-    """One row of a table: name, score, success, failure."""
-    s = summary(rows)
-    warning = f"   {s['failed']} of {len(rows)} dialogues FAILED and are left out" if s["failed"] else ""
-    return f"{name:<44} {s['score']:>6.1f}   {s['success']:>4}   {s['failure']:>4}   of {s['n']}{warning}"
-
-
-def score_text(path: str, rows: list[dict]) -> str:
-    """The table of a log: all, by hidden intention, by persona type."""
-    lines = [f"{path}", f"{'':<44} {'score':>6}   {'succ':>4}   {'fail':>4}", score_line("all", rows)]
-    for key, table in (("task", INTENTIONS), ("character", PERSONA_TYPES)):
-        groups = defaultdict(list)
-        for row in rows:
-            groups[canonical(row.get(key, ""), table, f"{path}:{row['line']}: key {key!r}")].append(row)
-        lines += [score_line(f"  {name} ({table[name][1]})"[:44], groups[name]) for name in table if name in groups]
-    return "\n".join(lines)
-
-
-def mismatches(row: dict, where: str) -> list[str]:
-    """What in a logged dialogue does not follow from its appraisals; empty if everything does."""
-    rules, wrong, ended = EmotionRules(), [], row.get("ended")
-    users = [message for message in row["history"] if message["role"] == "user"]
-    if row.get("status", "ok") != "ok":
-        return [] if ended == EXCLUDED else [f"{where}: status is {row['status']!r}, but it ended as {ended!r}"]
-    if not users:
-        return [f"{where}: status is 'ok', but the history holds no user"]
-    emotion = users[0]["emotion-point"]
-    for turn, message in enumerate(users[1:], 2):
-        emotion = rules.step(emotion, float(message["planning"]["change"]))
-        if abs(emotion - message["emotion-point"]) > 1e-6:
-            found = message["emotion-point"]
-            wrong.append(f"{where}: user turn {turn}: emotion is {found}, the logged changes give {emotion:g}")
-            emotion = found
-        if rules.ending(emotion) and turn < len(users):
-            wrong.append(f"{where}: user turn {turn}: the dialogue goes on after an emotion of {emotion:g}")
-    if abs(row["emo_point"] - emotion) > 1e-6:
-        wrong.append(f"{where}: final emotion is {row['emo_point']}, the last turn's is {emotion:g}")
-    if row["emo_state"] != f"Emotion-{band(emotion)}":
-        wrong.append(f"{where}: state is {row['emo_state']}, {emotion:g} is Emotion-{band(emotion)}")
-    if "ended" in row:  # an addition of ours, as is the reward
-        due = rules.ending(emotion)
-        if ended not in ENDINGS or ended == EXCLUDED:
-            wrong.append(f"{where}: ended as {ended!r}, which is no ending of a completed dialogue")
-        elif ended != due and (due or ended in ("content", "left")):
-            wrong.append(f"{where}: ended as {ended!r} at an emotion of {emotion:g}")
-        reward = 0.0 if ended == "format" else emotion / 100
-        if abs(row["reward"] - reward) > 1e-9:
-            wrong.append(f"{where}: reward is {row['reward']}, {reward:g} follows from the dialogue")
-    return wrong
-
-
-def paired_bootstrap(
-    before: dict[str, list[float]], after: dict[str, list[float]], samples: int = 10_000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Mean difference after - before and its 95 % interval, resampling profiles (each the mean of its dialogues).
-
-    Raises InputError where the two share no profile.
+    Returns their log lines by seed and key, and what a language model as the user cost. With `log` every dialogue is
+    written there as it ends, and those that it holds already are not held again; failed ones are.
     """
-    shared = sorted(before.keys() & after.keys())
-    if not shared:
-        raise InputError("the two logs share no profile id; nothing can be paired")
-    gain = np.array([np.mean(after[name]) - np.mean(before[name]) for name in shared])
-    draws = np.random.default_rng(seed).integers(0, len(gain), (samples, len(gain)))
-    low, high = np.percentile(gain[draws].mean(1), [2.5, 97.5])
-    return float(gain.mean()), float(low), float(high)
+    chat, talk = make_chat(tokenizer, config.think), make_talk(config, training=False)
+    rows = {(row["seed"], *row["key"]): row for row in held_before(log)}
+    numbers = [(i, j) for i in range(len(profiles)) for j in range(config.eval_dialogues)]
+    engine = make_engine(config, model, chat, config.eval_temperature, len(numbers))
+    total, cost = len(numbers) * config.seeds * talk.max_turns, {}
+    with tqdm(total=total, initial=len(rows) * talk.max_turns, desc=title, unit="reply", leave=False,
+              dynamic_ncols=True) as bar:
+        for seed in range(config.eval_seed, config.eval_seed + config.seeds):
+
+            def keep(dialogue: Dialogue, seed: int = seed) -> None:
+                row = rows[(seed, *dialogue.key)] = log_line(dialogue, seed=seed)
+                if log:
+                    with open(log, "a", encoding="utf-8") as file:
+                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+            openings = {i: row["history"][0]["content"] for (s, i, _), row in rows.items() if s == seed}
+            people = [
+                dataclasses.replace(who, first_talk=openings.get(i, who.first_talk)) for i, who in enumerate(profiles)
+            ]
+            jobs = [Job((i, j), people[i]) for i, j in numbers if (seed, i, j) not in rows]
+            user = make_user(config, config.eval_start_emotion, config.eval_user_mode)
+            engine.forget()
+            run_dialogues(jobs, engine, chat, user, talk, (seed, EVAL_STREAM), bar.update, keep)
+        if isinstance(user, LLMUser):
+            cost = user.client.usage.take(config.price_in, config.price_out)
+    return [rows[key] for key in sorted(rows)], cost
 
 
-def by_profile(rows: list[dict]) -> dict[str, list[float]]:
-    """Final emotions of the completed dialogues by profile id."""
-    points = defaultdict(list)
-    for row in completed(rows):
-        points[row["id"]].append(row["emo_point"])
-    return dict(points)
+def held_before(log: Path | None) -> list[dict]:
+    """The completed dialogues in the log of an interrupted evaluation; all else is dropped from the file."""
+    if not log or not log.is_file():
+        return []
+    lines = log.read_bytes().split(b"\n")[:-1]  # a kill may have left half a line
+    kept = [line for line in lines if json.loads(line)["status"] == "ok"]
+    log.write_bytes(b"".join(line + b"\n" for line in kept))
+    return [json.loads(line) for line in kept]
 
 
 def command_run(argv: list[str]) -> int:
     """Hold the benchmark with a model folder, a hub name or a run (the newest checkpoint of one that is not finished).
 
-    Writes OUT/dialogues.jsonl, OUT/result.json and OUT/result.txt.
+    Writes OUT/dialogues.jsonl, OUT/result.json and OUT/result.txt. An interrupted one goes on where it stopped.
     """
     if not argv or "=" in argv[0]:
         raise InputError("eval.py run wants a model folder, a hub name or a run directory first")
@@ -266,9 +181,8 @@ def command_run(argv: list[str]) -> int:
     name = str(newest[0] / "policy.safetensors" if newest else run / "model" if run else source)
     final = newest[0].name if newest else "final"
     folder = Path(out or (run / "eval" / final if run else Path("runs") / f"eval-{Path(source).name}"))
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        what = "holds an evaluation already" if (folder / "dialogues.jsonl").exists() else "is not an empty folder"
-        raise InputError(f"{folder}: {what}; give another out=DIR or remove it")
+    settings = describe(config, name)
+    log = begin_evaluation(folder, settings)
     profiles = load_profiles(config.eval_profiles)
     device = pick_device(config)
     if not newest:
@@ -276,36 +190,67 @@ def command_run(argv: list[str]) -> int:
     else:
         tokenizer, model = load_tokenizer(config.tokenizer or config.model), load_model(config.model, config.seed)
         load_strictly(model, read_tensors(Path(name)), name)
-    dialogues = evaluate(config, model.to(device), tokenizer, profiles, "benchmark")
-    write_evaluation(folder, config, name, dialogues)
+    make_user(config, config.eval_start_emotion, config.eval_user_mode)  # raises before anything is written
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
+    try:
+        rows, cost = evaluate(config, model.to(device), tokenizer, profiles, "benchmark", log)
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on from {log}", file=sys.stderr)
+        return 130
+    write_evaluation(folder, config, settings, rows, cost)
     print((folder / "result.txt").read_text(), end="")
     return 0
 
 
-def write_evaluation(folder: Path, config: Config, model: str, dialogues: list[Dialogue]) -> dict:
-    """dialogues.jsonl, result.json and result.txt in a folder; returns the summary. The result names the settings."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [log_line(dialogue) for dialogue in dialogues]
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    (folder / "dialogues.jsonl").write_text("".join(lines), encoding="utf-8")
-    settings = {
+def begin_evaluation(folder: Path, settings: dict) -> Path:
+    """Where dialogues are kept until the evaluation is done. Raises InputError if the folder holds anything else."""
+    log = folder / "dialogues.partial.jsonl"
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if (folder / "result.json").exists() or not (folder / "settings.json").is_file():
+            what = "holds an evaluation already" if (folder / "result.json").exists() else "is not an empty folder"
+            raise InputError(f"{folder}: {what}; give another out=DIR or remove it")
+        before = json.loads((folder / "settings.json").read_text())
+        for key in settings:
+            if before.get(key) != settings[key]:
+                was = f"{key} {before.get(key)}"
+                raise InputError(f"{folder}: was begun with {was}, not {settings[key]}; give another out=DIR")
+    return log
+
+
+def describe(config: Config, model: str) -> dict:
+    """What a result depends on."""
+    return {
         "model": model,
         "user": user_name(config, config.eval_user_mode),
         "profiles": config.eval_profiles,
-        "dialogues": len(rows),
+        "dialogues_per_profile": config.eval_dialogues,
         "max_turns": config.eval_max_turns,
         "reply_tokens": config.reply_tokens,
         "temperature": config.eval_temperature,
         "start_emotion": config.eval_start_emotion,
-        "seed": config.eval_seed,
+        "seeds": list(range(config.eval_seed, config.eval_seed + config.seeds)),
         "think": config.think,
+        "system": config.system or "our prompts",
     }
-    result = summary(rows)
-    (folder / "result.json").write_text(json.dumps({**without_nan(result), "settings": settings}, indent=1) + "\n")
-    text = "\n".join(f"{key}: {value}" for key, value in settings.items())
+
+
+def write_evaluation(folder: Path, config: Config, settings: dict, rows: list[dict], cost: dict) -> dict:
+    """dialogues.jsonl, result.txt and result.json in a folder; returns the summary. The result names the settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    (folder / "dialogues.jsonl").write_text("".join(lines), encoding="utf-8")
+    text = "\n".join(f"{key}: {value}" for key, value in (settings | cost).items())
     numbered = [{**row, "line": i} for i, row in enumerate(rows, 1)]
     (folder / "result.txt").write_text(f"{text}\n\n{score_text(str(folder / 'dialogues.jsonl'), numbered)}\n")
     save_config(config, folder / "config.json")
+    result = summary(rows)
+    several = {"seeds": [{"seed": seed, **without_nan(summary([r for r in rows if r["seed"] == seed]))}
+                         for seed in settings["seeds"]]}
+    spread = interval(rows) if result["n"] else None
+    whole = {**without_nan(result), "interval": spread, **several, "settings": settings, "cost": cost}
+    (folder / "result.json").write_text(json.dumps(whole, indent=1) + "\n")
+    (folder / "dialogues.partial.jsonl").unlink(missing_ok=True)
     return result
 
 
@@ -349,8 +294,8 @@ def command_compare(argv: list[str]) -> int:
     for path, rows in zip(argv, logs):
         print(score_line(path if len(path) <= 44 else "..." + path[-41:], rows))
     shared = len(by_profile(logs[0]).keys() & by_profile(logs[1]).keys())
-    interval = f"95 % interval {low:+.1f} to {high:+.1f}"
-    print(f"difference {gain:+.1f} points, {interval} (paired bootstrap over {shared} profiles)")
+    print(f"difference {gain:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f} ", end="")
+    print(f"(paired bootstrap over {shared} profiles)")
     return 0
 
 

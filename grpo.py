@@ -4,7 +4,7 @@ A group is the dialogues held with one profile in one step. Statistics count dia
 trajectories each has. The loss itself is PPO's clipped surrogate, with one denominator for the whole step.
 """
 
-from statistics import fmean, pstdev
+from statistics import fmean, pstdev, pvariance
 
 from simulator import Key
 
@@ -27,3 +27,20 @@ def group_advantages(rewards: dict[Key, float], scale: bool) -> tuple[dict[Key, 
         for key, value in zip(keys, values):
             advantages[key] = (value - mean) / (spread + 1e-6 if scale else 1.0)
     return advantages, flat / max(1, len(kept))
+
+
+def most_varied(rewards: dict[Key, float], count: int) -> set[Key]:
+    """The `count` dialogues of each group whose rewards vary most: some of the lowest, the others of the highest.
+
+    Rolling out is cheaper than learning, and those between the extremes teach little (PODS, arXiv 2504.13818,
+    section 3: the subset of largest variance is always such a union). A smaller group is kept whole.
+    """
+    groups: dict[int, list[Key]] = {}
+    for key in sorted(rewards, key=lambda key: (rewards[key], key)):
+        groups.setdefault(key[0], []).append(key)
+    chosen: set[Key] = set()
+    for keys in groups.values():
+        tops = range(min(count, len(keys)) + 1)
+        subsets = [keys[: tops[-1] - top] + keys[len(keys) - top :] for top in tops]
+        chosen.update(max(subsets, key=lambda subset: pvariance([rewards[key] for key in subset])))
+    return chosen

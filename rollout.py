@@ -102,15 +102,16 @@ class Job:
 
 
 def run_dialogues(
-    jobs: list[Job], engine: Engine, chat: Chat, user: User, talk: Talk, seed: tuple[int, ...], progress=None
+    jobs: list[Job], engine: Engine, chat: Chat, user: User, talk: Talk, seed: tuple[int, ...], progress=None,
+    on_end=None,
 ) -> list[Dialogue]:
     """Hold all the dialogues, more than slots if need be; returned in key order.
 
     `seed`, for example (seed, step), together with a dialogue's key determines all its noise. A profile without a
     first line gets one from its user, once for the whole group. `progress(n)` is called as n replies are done or will
-    not be needed, len(jobs) * max_turns in all.
+    not be needed, len(jobs) * max_turns in all; `on_end(dialogue)` as each ends.
     """
-    stage = Stage(engine, chat, user, talk, seed, progress)
+    stage = Stage(engine, chat, user, talk, seed, progress, on_end)
     waiting = sorted(jobs, key=lambda job: job.key)
     while waiting or stage.active:
         waiting = stage.admit(waiting)
@@ -126,9 +127,10 @@ def run_dialogues(
 class Stage:
     """The state of `run_dialogues`: which dialogue sits in which slot, and what each event does to it."""
 
-    def __init__(self, engine: Engine, chat: Chat, user: User, talk: Talk, seed: tuple[int, ...], progress):
+    def __init__(self, engine: Engine, chat: Chat, user: User, talk: Talk, seed: tuple[int, ...], progress, on_end):
         self.engine, self.chat, self.user, self.talk = engine, chat, user, talk
         self.seed, self.progress = seed, progress or (lambda count: None)
+        self.on_end = on_end or (lambda dialogue: None)
         self.active: dict[Key, Dialogue] = {}
         self.done: dict[Key, Dialogue] = {}
         self.slot_of: dict[Key, int] = {}
@@ -207,6 +209,7 @@ class Stage:
         self.done[dialogue.key] = self.active.pop(dialogue.key)
         del self.key_in[self.slot_of.pop(dialogue.key)]
         self.progress(self.talk.max_turns - len(dialogue.turns))
+        self.on_end(dialogue)
 
 
 @dataclass

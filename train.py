@@ -34,8 +34,10 @@ from chat import Chat, load_tokenizer, make_chat
 from config import MAY_CHANGE, Config, InputError, help_text, load_config, read_saved, save_config
 from dist import checkpoints, load_checkpoint, save_checkpoint
 from engine import Engine, hash_key
-from eval import evaluate, make_engine, make_talk, make_user, pick_device, user_hash, without_nan, write_evaluation
+from eval import describe, evaluate, make_engine, make_talk, make_user, pick_device, write_evaluation
+from logs import without_nan
 from model import save_model
+from offline import user_hash
 from rollout import Dialogue, Job, Talk, log_line, run_dialogues
 from sentient import LLMUser
 from simulator import Profile, User, load_profiles
@@ -243,8 +245,8 @@ def evaluate_step(
     record = record.with_name(f"{record.stem}.eval_{step}{record.suffix}")
     with interrupts.may_abandon():
         heard = dataclasses.replace(config, record_file=str(record))
-        dialogues = evaluate(heard, state.policy, tokenizer, tests, f"evaluation {step}")
-    result = write_evaluation(run / "eval" / f"step_{step}", config, f"{run} step {step}", dialogues)
+        rows, cost = evaluate(heard, state.policy, tokenizer, tests, f"evaluation {step}")
+    result = write_evaluation(run / "eval" / f"step_{step}", config, describe(config, f"{run} step {step}"), rows, cost)
     scores = {f"eval/{key}": result[key] for key in ("score", "success", "failure")}
     write_lines(path, [*lines[:-1], json.dumps(without_nan(row | scores)).encode()])
     write_scalars(board, scores, step)

@@ -69,11 +69,12 @@ def groups(module: nn.Module, lr: float, warmup: int, weight_decay: float) -> li
     return [{"params": chosen, "weight_decay": decay, **shared} for chosen, decay in kinds if chosen]
 
 
-def set_learning_rates(state: State) -> None:
-    """Linear warm-up, then constant: a function of the step alone, so nothing of it needs saving."""
+def set_learning_rates(state: State, config: Config) -> None:
+    """Linear warm-up times `lr_schedule`: a function of the step and the config, so nothing of it needs saving."""
+    left = 1 - state.step / config.steps if config.lr_schedule == "linear" else 1.0
     for optimiser in state.optimisers:
         for group in optimiser.param_groups:
-            group["lr"] = group["base_lr"] * min(1.0, (state.step + 1) / max(1, group["warmup"]))
+            group["lr"] = group["base_lr"] * left * min(1.0, (state.step + 1) / max(1, group["warmup"]))
 
 
 def forward(
@@ -226,6 +227,9 @@ def update(state: State, config: Config, dialogues: list[Dialogue], banned: Tens
     """All optimiser steps of one iteration on its dialogues. Returns the metrics, means over the optimiser steps."""
     device = banned.device
     good = [dialogue for dialogue in dialogues if dialogue.completed and dialogue.turns]
+    if config.learn_from:
+        chosen = grpo.most_varied({dialogue.key: dialogue.reward for dialogue in good}, config.learn_from)
+        good = [dialogue for dialogue in good if dialogue.key in chosen]
     if config.algorithm == "grpo":
         kept = grpo.group_advantages({dialogue.key: dialogue.reward for dialogue in good}, config.scale_advantage)[0]
         good = [dialogue for dialogue in good if dialogue.key in kept]
@@ -241,7 +245,7 @@ def update(state: State, config: Config, dialogues: list[Dialogue], banned: Tens
         parts = split([item for key in chosen for item in items[key]], config.micro_tokens)
         minibatches.append([Piece(pack(part).to(device)) for part in parts])
     metrics = prepare(state, config, [piece for pieces in minibatches for piece in pieces], rewards, banned)
-    set_learning_rates(state)
+    set_learning_rates(state, config)
     steps = [learn(state, config, pieces, banned) for _ in range(config.epochs) for pieces in minibatches if pieces]
     metrics["policy/lr"] = state.optimisers[0].param_groups[0]["lr"]
     return {**metrics, **{name: fmean(step[name] for step in steps) for name in steps[0]}}

@@ -81,6 +81,9 @@ def test_a_wrong_option_is_one_line_with_the_key_and_a_hint(option, fragments):
         (["algorithm=grpo", "credit=turn"], ["'credit'", "final", "algorithm=ppo"]),
         (["reply_tokens=512", "context_tokens=512"], ["'reply_tokens'", "'context_tokens'"]),
         (["groups=1", "group_size=2", "minibatches=3"], ["'minibatches'", "3", "2"]),
+        (["group_size=4", "groups=1", "learn_from=2", "minibatches=3"], ["'minibatches'", "3", "2"]),
+        (["learn_from=1"], ["'learn_from'", "at least 2"]),
+        (["learn_from=5", "group_size=4"], ["'learn_from'", "'group_size'", "4"]),
         (["steps=0"], ["'steps'", "at least 1"]),
         (["keep=0"], ["'keep'", "at least 1"]),
         (["temperature=0"], ["'temperature'", "above 0"]),
@@ -120,6 +123,7 @@ def test_the_limits_themselves_are_allowed():
         ]
     )
     load_config(["groups=1", "group_size=1", "minibatches=1", "reply_tokens=511", "context_tokens=512"])
+    load_config(["groups=1", "group_size=3", "learn_from=3", "minibatches=3"])
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import eval as evaluation
 import train
 from chat import Reply
 from config import Config, InputError
-from eval import by_profile, main, mismatches, paired_bootstrap, read_log, summary
+from eval import main
+from logs import by_profile, mismatches, paired_bootstrap, read_log, summary
 from rollout import Dialogue, Turn, log_line
 from simulator import Appraisal, EmotionRules, Failed, UserTurn
 
@@ -290,8 +291,8 @@ def test_run_writes_dialogues_and_the_result_with_its_settings(bench, capsys):
     rows, result = read_log("first/dialogues.jsonl"), json.loads(Path("first/result.json").read_text())
     assert [row["key"] for row in rows] == [[0, 0], [0, 1], [1, 0], [1, 1]]
     assert {key: result[key] for key in ("n", "failed", "score", "success", "failure")} == summary(rows)
-    expected = dict(model="shape.json", profiles="two.jsonl", dialogues=4, max_turns=10, reply_tokens=12, seed=5)
-    expected |= dict(temperature=1.0, start_emotion=40.0, think=False)
+    expected = dict(model="shape.json", profiles="two.jsonl", dialogues_per_profile=2, max_turns=10, reply_tokens=12)
+    expected |= dict(temperature=1.0, start_emotion=40.0, think=False, seeds=[5])
     assert expected.items() <= result["settings"].items() and "offline" in result["settings"]["user"]
     assert capsys.readouterr().out.rstrip().endswith(Path("first/result.txt").read_text().rstrip())
     assert main(["verify", "first/dialogues.jsonl"]) == 0

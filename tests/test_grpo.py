@@ -1,6 +1,7 @@
 """Group-relative advantages: statistics count dialogues, and a user that failed is nowhere in them."""
 
-from statistics import fmean
+from itertools import combinations
+from statistics import fmean, pvariance
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import Config
-from grpo import group_advantages
+from grpo import group_advantages, most_varied
 from rollout import Trajectory, pack, split
 from update import Piece, State, prepare
 
@@ -49,6 +50,18 @@ def test_a_groups_advantages_do_not_depend_on_other_groups_or_on_order(rewards, 
     for group in {key[0] for key in rewards}:
         alone = group_advantages({key: r for key, r in rewards.items() if key[0] == group}, scale)[0]
         assert alone == {key: a for key, a in shuffled[0].items() if key[0] == group}
+
+
+@quick
+@given(groups, st.integers(2, 5))
+def test_those_whose_rewards_vary_most_are_found_as_by_trying_all_subsets(rewards, count):
+    chosen = most_varied(rewards, count)
+    for group in {key[0] for key in rewards}:
+        members = [key for key in rewards if key[0] == group]
+        found = [key for key in members if key in chosen]
+        assert len(found) == min(count, len(members))
+        spread = lambda keys: pvariance([rewards[key] for key in keys])  # noqa: E731
+        assert spread(found) == pytest.approx(max(map(spread, combinations(members, len(found)))))
 
 
 def test_the_share_of_groups_without_spread_counts_kept_groups():

@@ -73,7 +73,7 @@ def test_each_learning_rate_warms_up_over_its_own_steps(tiny):
     state = build(config, torch.device("cpu"))
     rates = []
     for state.step in range(5):
-        set_learning_rates(state)
+        set_learning_rates(state, config)
         rates.append(tuple(optimiser.param_groups[0]["lr"] for optimiser in state.optimisers))
     expected = [(0.25, 0.5), (0.5, 1), (0.75, 1), (1, 1), (1, 1)]
     assert rates == [(pytest.approx(a * 1e-3), pytest.approx(b * 1e-3)) for a, b in expected]

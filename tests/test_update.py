@@ -147,6 +147,19 @@ def test_a_failed_dialogue_changes_nothing(make, kind, think):
     assert distance(of_update(state, config, dialogues), of_update(state, config, good)) < 1e-6
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_dialogues_whose_rewards_vary_most_are_learnt_from(make, kind):
+    config, state = make(kind, entropy_coef=0.1)
+    dialogues = roll(state, change=lambda key, turn, reply: (0, 9, -8, 1)[key[1]] + turn, members=4)
+    extremes = []
+    for group in range(3):
+        members = sorted((d for d in dialogues if d.key[0] == group), key=lambda dialogue: dialogue.reward)
+        extremes += [members[0], members[-1]]
+    found = of_update(state, dataclasses.replace(config, learn_from=2), dialogues)
+    assert distance(found, of_update(state, config, extremes)) < 1e-6
+    assert distance(found, of_update(state, config, dialogues)) > 1e-2
+
+
 def test_a_grpo_group_with_one_survivor_is_dropped_from_the_denominator_too(make):
     config, state = make("grpo", entropy_coef=0.1)
     dialogues = roll(state, change=lambda key, turn, reply: Failed("mute") if key == (0, 1) else 5 * key[1] + turn)
@@ -290,16 +303,25 @@ def test_numbers_that_are_not_finite_leave_the_weights_bit_equal_and_count_as_sk
 @pytest.mark.parametrize("critic", ["head", "trunk"])
 @pytest.mark.parametrize("lr, critic_lr", [(1e-3, 4e-3), (1e-3, 1e-3)])
 def test_learning_rates_warm_up_linearly_each_over_its_own_steps(make, critic, lr, critic_lr):
-    state = make(f"ppo {critic}", lr=lr, critic_lr=critic_lr, warmup=2, critic_warmup=4)[1]
+    config, state = make(f"ppo {critic}", lr=lr, critic_lr=critic_lr, warmup=2, critic_warmup=4)
     policy = {id(p) for p in state.policy.parameters()}
     for state.step, shares in enumerate([(0.5, 0.25), (1, 0.5), (1, 0.75), (1, 1), (1, 1)]):
-        set_learning_rates(state)
+        set_learning_rates(state, config)
         for group in (group for optimiser in state.optimisers for group in optimiser.param_groups):
             own = id(group["params"][0]) in policy
             assert group["lr"] == pytest.approx(lr * shares[0] if own else critic_lr * shares[1])
-    state = make(f"ppo {critic}", lr=lr, critic_lr=critic_lr, warmup=0, critic_warmup=0)[1]
-    set_learning_rates(state)
+    config, state = make(f"ppo {critic}", lr=lr, critic_lr=critic_lr, warmup=0, critic_warmup=0)
+    set_learning_rates(state, config)
     assert {group["lr"] for optimiser in state.optimisers for group in optimiser.param_groups} == {lr, critic_lr}
+
+
+def test_a_linear_schedule_goes_to_0_behind_the_last_step(make):
+    config, state = make("ppo head", lr=8e-3, warmup=2, steps=4, lr_schedule="linear")
+    rates = []
+    for state.step in range(4):
+        set_learning_rates(state, config)
+        rates.append(state.optimisers[0].param_groups[0]["lr"])
+    assert rates == pytest.approx([8e-3 * 0.5, 8e-3 * 0.75, 8e-3 * 0.5, 8e-3 * 0.25])
 
 
 def perturbed_kl(make, kind, **options):

@@ -1,0 +1,175 @@
+"""What dialogue logs say, without any model: tables, recomputed emotions and rewards, bootstrap intervals.
+
+Logs are JSON lines in SAGE's format, gzipped or not: ours, and SAGE's own. Score = mean final emotion, success = at
+100, failure = below 10; a dialogue whose user failed counts in none of them (arXiv 2505.02847, section 2).
+"""
+
+import gzip
+import json
+import math
+import zlib
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from config import InputError
+from rollout import EXCLUDED
+from simulator import INTENTIONS, PERSONA_TYPES, EmotionRules, band, canonical
+
+ENDINGS = ("content", "left", "goodbye", "max_turns", "context_full", "format", EXCLUDED)
+
+
+def read_log(path: str) -> list[dict]:
+    """The dialogues of a log, gzipped or not. Raises InputError naming the line that is off."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such log")
+    data, rows = Path(path).read_bytes(), []
+    try:
+        data = gzip.decompress(data) if path.endswith(".gz") else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: not gzip, or cut short ({error})") from None
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: not JSON ({error})") from None
+        wanted = ["id", "history"]
+        if isinstance(row, dict) and row.get("status", "ok") == "ok":
+            wanted += ["emo_point", "emo_state"]
+        for key in wanted:
+            if not isinstance(row, dict) or key not in row:
+                raise InputError(f"{path}:{number}: no key {key!r}; a SAGE dialogue log is expected")
+        rows.append({**row, "line": number})
+    if not rows:
+        raise InputError(f"{path}: holds no dialogue")
+    return rows
+
+
+def without_nan(row: dict) -> dict:
+    """The row with None for the numbers that are not finite: JSON has no word for them."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def completed(rows: list[dict]) -> list[dict]:
+    """The dialogues that count: those whose user did not fail."""
+    return [row for row in rows if row.get("status", "ok") == "ok"]
+
+
+def summary(rows: list[dict]) -> dict:
+    """n (completed dialogues), failed, score (mean final emotion), success and failure (counts)."""
+    points = [row["emo_point"] for row in completed(rows)]
+    return {
+        "n": len(points),
+        "failed": len(rows) - len(points),
+        "score": float(np.mean(points)) if points else math.nan,
+        "success": sum(point >= 100 for point in points),
+        "failure": sum(point < 10 for point in points),
+    }
+
+
+def score_line(name: str, rows: list[dict]) -> str:
+    """One row of a table: name, score, success, failure."""
+    s = summary(rows)
+    warning = f"   {s['failed']} of {len(rows)} dialogues FAILED and are left out" if s["failed"] else ""
+    return f"{name:<44} {s['score']:>6.1f}   {s['success']:>4}   {s['failure']:>4}   of {s['n']}{warning}"
+
+
+def score_text(path: str, rows: list[dict]) -> str:
+    """The tables of a log: all, by seed, by hidden intention, by persona type, and by turn."""
+    lines = [f"{path}", f"{'':<44} {'score':>6}   {'succ':>4}   {'fail':>4}", score_line("all", rows)]
+    if points := by_profile(rows):
+        low, high = interval(rows)
+        lines.append(f"  95 % interval {low:.1f} to {high:.1f} (bootstrap over {len(points)} profiles)")
+    for key, table in (("seed", None), ("task", INTENTIONS), ("character", PERSONA_TYPES)):
+        groups = defaultdict(list)
+        for row in rows:
+            found = row.get(key, "")
+            groups[canonical(found, table, f"{path}:{row['line']}: key {key!r}") if table else found].append(row)
+        if table:
+            lines += [score_line(f"  {name} ({table[name][1]})"[:44], groups[name]) for name in table if name in groups]
+        elif len(groups) > 1:
+            lines += [score_line(f"  seed {name}", groups[name]) for name in sorted(groups)]
+    return "\n".join([*lines, *turn_lines(rows)])
+
+
+def turn_lines(rows: list[dict]) -> list[str]:
+    """By turn: mean change, and mean emotion after it of the completed dialogues that were still going on."""
+    turns = defaultdict(list)
+    for row in completed(rows):
+        users = [message for message in row["history"] if message["role"] == "user"]
+        for turn, message in enumerate(users[1:], 1):
+            turns[turn].append((float(message["planning"]["change"]), message["emotion-point"]))
+    means = [(turn, *np.mean(pairs, axis=0), len(pairs)) for turn, pairs in sorted(turns.items())]
+    head = [f"{'':<44} {'change':>6}   {'emotion':>7}"] if means else []
+    return head + [f"{f'  turn {turn}':<44} {change:>+6.1f}   {now:>7.1f}   of {n}" for turn, change, now, n in means]
+
+
+def mismatches(row: dict, where: str) -> list[str]:
+    """What in a logged dialogue does not follow from its appraisals; empty if everything does."""
+    rules, wrong, ended = EmotionRules(), [], row.get("ended")
+    users = [message for message in row["history"] if message["role"] == "user"]
+    if row.get("status", "ok") != "ok":
+        return [] if ended == EXCLUDED else [f"{where}: status is {row['status']!r}, but it ended as {ended!r}"]
+    if not users:
+        return [f"{where}: status is 'ok', but the history holds no user"]
+    emotion = users[0]["emotion-point"]
+    for turn, message in enumerate(users[1:], 2):
+        emotion = rules.step(emotion, float(message["planning"]["change"]))
+        if abs(emotion - message["emotion-point"]) > 1e-6:
+            found = message["emotion-point"]
+            wrong.append(f"{where}: user turn {turn}: emotion is {found}, the logged changes give {emotion:g}")
+            emotion = found
+        if rules.ending(emotion) and turn < len(users):
+            wrong.append(f"{where}: user turn {turn}: the dialogue goes on after an emotion of {emotion:g}")
+    if abs(row["emo_point"] - emotion) > 1e-6:
+        wrong.append(f"{where}: final emotion is {row['emo_point']}, the last turn's is {emotion:g}")
+    if row["emo_state"] != f"Emotion-{band(emotion)}":
+        wrong.append(f"{where}: state is {row['emo_state']}, {emotion:g} is Emotion-{band(emotion)}")
+    if "ended" in row:  # an addition of ours, as is the reward
+        due = rules.ending(emotion)
+        if ended not in ENDINGS or ended == EXCLUDED:
+            wrong.append(f"{where}: ended as {ended!r}, which is no ending of a completed dialogue")
+        elif ended != due and (due or ended in ("content", "left")):
+            wrong.append(f"{where}: ended as {ended!r} at an emotion of {emotion:g}")
+        reward = 0.0 if ended == "format" else emotion / 100
+        if abs(row["reward"] - reward) > 1e-9:
+            wrong.append(f"{where}: reward is {row['reward']}, {reward:g} follows from the dialogue")
+    return wrong
+
+
+def paired_bootstrap(
+    before: dict[str, list[float]], after: dict[str, list[float]], samples: int = 10_000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean difference after - before and its 95 % interval, resampling profiles (each the mean of its dialogues).
+
+    Raises InputError where the two share no profile.
+    """
+    shared = sorted(before.keys() & after.keys())
+    if not shared:
+        raise InputError("the two logs share no profile id; nothing can be paired")
+    gain = np.array([np.mean(after[name]) - np.mean(before[name]) for name in shared])
+    return float(gain.mean()), *bootstrap(gain, samples, seed)
+
+
+def bootstrap(values: np.ndarray, samples: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean of [n] values."""
+    draws = np.random.default_rng(seed).integers(0, len(values), (samples, len(values)))
+    low, high = np.percentile(values[draws].mean(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def by_profile(rows: list[dict]) -> dict[str, list[float]]:
+    """Final emotions of the completed dialogues by profile id."""
+    points = defaultdict(list)
+    for row in completed(rows):
+        points[row["id"]].append(row["emo_point"])
+    return dict(points)
+
+
+def interval(rows: list[dict]) -> tuple[float, float]:
+    """The 95 % interval of the score, resampling profiles (each the mean of its completed dialogues)."""
+    points = by_profile(rows)
+    return bootstrap(np.array([np.mean(points[name]) for name in sorted(points)]))
