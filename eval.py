@@ -37,7 +37,7 @@ from logs import (
 )
 from model import Transformer, ValueHead, banned_ids, load_model, load_strictly, read_tensors
 from offline import OfflineUser, user_hash
-from rollout import Dialogue, Job, Talk, log_line, run_dialogues
+from rollout import MAX_FAILED, Dialogue, Job, Talk, log_line, run_dialogues
 from sentient import LLMUser
 from simulator import EmotionRules, Profile, User, load_profiles
 
@@ -198,6 +198,11 @@ def command_run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on from {log}", file=sys.stderr)
         return 130
+    failed = [row for row in rows if row["status"] != "ok"]
+    if len(failed) > MAX_FAILED * len(rows):
+        why = f"{len(failed)} of {len(rows)} users failed; the first: {failed[0]['why']}"
+        print(f"no result: {why}. The same command asks these again, the others are in {log}", file=sys.stderr)
+        return 1
     write_evaluation(folder, config, settings, rows, cost)
     print((folder / "result.txt").read_text(), end="")
     return 0

@@ -15,6 +15,7 @@ from engine import Engine, Row, hash_key
 from simulator import Failed, Key, Profile, User, UserTurn, band
 
 EXCLUDED = "failed"
+MAX_FAILED = 0.25  # share of dialogues whose user may fail before a step, or a benchmark, counts for nothing
 TURN_STREAM, USER_STREAM = 0, 1  # keep the noise of the policy's turns and the users' seeds apart
 
 

@@ -38,13 +38,12 @@ from eval import describe, evaluate, make_engine, make_talk, make_user, pick_dev
 from logs import without_nan
 from model import save_model
 from offline import user_hash
-from rollout import Dialogue, Job, Talk, log_line, run_dialogues
+from rollout import MAX_FAILED, Dialogue, Job, Talk, log_line, run_dialogues
 from sentient import LLMUser
 from simulator import Profile, User, load_profiles
 from update import State, build, update
 
 ORDER_STREAM = 2  # keeps the order of profiles apart from other uses of the seed
-MAX_FAILED = 0.25  # share of a step's dialogues whose user may fail
 MAX_SKIPPED = 5  # non-finite steps in a row before a run gives up
 LEARNT = ("policy/loss", "policy/approx_kl", "policy/clipfrac", "policy/entropy", "policy/grad_norm")
 LEARNT_BY = {"ppo": ("value/loss", "value/explained_variance"), "grpo": ("group/zero_spread",)}

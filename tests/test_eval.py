@@ -7,6 +7,7 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, ScriptedUser, make_profile, tiny_raw
 
@@ -333,6 +334,89 @@ def test_nothing_is_overwritten(bench):
     with pytest.raises(InputError, match="first: holds an evaluation already"):
         main([*bench, "out=first"])
     assert before == {path: path.read_bytes() for path in Path(".").rglob("*") if path.is_file()}
+
+
+def test_an_interrupted_benchmark_goes_on_and_asks_no_dialogue_twice(bench, monkeypatch, capsys):
+    """Ctrl-C in the second repeat, a failed user before it, and half a line at the end of the log."""
+    asked = []
+
+    def speak(stop):
+        def change(key, turn, reply):
+            asked.append((key, turn))
+            if len(asked) == stop:
+                raise KeyboardInterrupt
+            return Failed("gone") if stop and len(asked) == 3 else len(reply) % 5 - 2.0
+
+        monkeypatch.setattr(evaluation, "make_user", lambda config, start, mode: ScriptedUser(change))
+
+    command = [*bench, "slots=1", "seeds=2", "eval_max_turns=3"]
+    speak(None)
+    main([*command, "out=whole"])
+    assert len(asked) == 2 * 4 * 2
+    asked.clear()
+    speak(13)
+    assert main([*command, "out=first"]) == 130
+    assert "the same command goes on" in capsys.readouterr().err and not Path("first/result.json").exists()
+    log = Path("first/dialogues.partial.jsonl")
+    ended = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(row["seed"], row["key"], row["status"]) for row in ended] == [
+        (1000, [0, 0], "ok"), (1000, [0, 1], "failed"), (1000, [1, 0], "ok"), (1000, [1, 1], "ok"),
+        (1001, [0, 0], "ok"), (1001, [0, 1], "ok"),
+    ]
+    log.write_text(log.read_text() + '{"id": "half a li')
+    with pytest.raises(InputError, match=r"first: was begun with temperature 1.0, not 0.5"):
+        main([*command, "out=first", "eval_temperature=0.5"])
+    asked.clear()
+    speak(None)
+    assert main([*command, "out=first"]) == 0
+    assert [key for key, turn in asked if turn == 1] == [(0, 1), (1, 0), (1, 1)]
+    assert Path("first/dialogues.jsonl").read_bytes() == Path("whole/dialogues.jsonl").read_bytes()
+    assert not log.exists()
+
+
+def test_repeats_have_a_seed_each_and_a_row_each(bench):
+    main([*bench, "out=three", "seeds=3", "eval_seed=7"])
+    main([*bench, "out=one", "eval_seed=8"])
+    rows, result = read_log("three/dialogues.jsonl"), json.loads(Path("three/result.json").read_text())
+    expected = [(seed, i, j) for seed in (7, 8, 9) for i in (0, 1) for j in (0, 1)]
+    assert [(row["seed"], *row["key"]) for row in rows] == expected
+    history = lambda rows: [row["history"] for row in rows]  # noqa: E731
+    assert history(rows[4:8]) == history(read_log("one/dialogues.jsonl"))
+    assert [row["seed"] for row in result["seeds"]] == [7, 8, 9]
+    assert result["seeds"][1] == {"seed": 8, **summary(rows[4:8])}
+    low, high = result["interval"]
+    points = sorted(np.mean(values) for values in by_profile(rows).values())
+    assert (low, high) == pytest.approx((points[0], points[1]))  # of two profiles each is drawn twice often enough
+    text = Path("three/result.txt").read_text()
+    assert all(f"  seed {seed}" in text for seed in (7, 8, 9)) and f"interval {low:.1f} to {high:.1f}" in text
+
+
+def test_a_benchmark_whose_users_mostly_fail_has_no_result_and_can_go_on(bench, monkeypatch, capsys):
+    def speak(change):
+        monkeypatch.setattr(evaluation, "make_user", lambda config, start, mode: ScriptedUser(change))
+
+    speak(lambda key, turn, reply: Failed("server gone") if key != (0, 0) else 1.0)
+    assert main([*bench, "out=first"]) == 1
+    assert "3 of 4 users failed; the first: server gone" in capsys.readouterr().err
+    assert not Path("first/result.json").exists()
+    speak(lambda key, turn, reply: Failed("asked twice") if key == (0, 0) else 1.0)
+    assert main([*bench, "out=first"]) == 0
+    assert json.loads(Path("first/result.json").read_text())["failed"] == 0
+
+
+def test_the_table_by_turn(capsys):
+    """Mean change and emotion of those who were still talking; the failed one is not among them."""
+    main(["score", str(LOG)])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  turn ")]
+    turns = {}
+    for row in DIALOGUES:
+        for number, turn in enumerate(row.turns, 1):
+            if row.completed and turn.user:
+                turns.setdefault(number, []).append((turn.user.appraisal.change, turn.user.emotion))
+    for (_, number, change, emotion, _, n), (turn, pairs) in zip(lines, turns.items(), strict=True):
+        assert (int(number), int(n)) == (turn, len(pairs))
+        assert float(change) == pytest.approx(sum(pair[0] for pair in pairs) / len(pairs), abs=0.051)
+        assert float(emotion) == pytest.approx(sum(pair[1] for pair in pairs) / len(pairs), abs=0.051)
 
 
 def test_a_run_is_evaluated_with_its_own_settings(bench, capsys):
