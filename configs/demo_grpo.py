@@ -1,6 +1,4 @@
-"""The demo with GRPO in place of PPO: 3 people x 10 dialogues, of which 4 each are learnt from.
-
-One advantage a dialogue, no critic.
+"""The demo with GRPO in place of PPO: 26 steps of 3 people x 4 dialogues, one advantage a dialogue, no critic.
 
     python scripts/demo.py configs/demo_grpo.py
 """
@@ -9,4 +7,4 @@ import dataclasses
 
 from configs.demo import config as demo
 
-config = dataclasses.replace(demo, algorithm="grpo", groups=3, group_size=10, learn_from=4)
+config = dataclasses.replace(demo, algorithm="grpo", groups=3, group_size=4, steps=26)
