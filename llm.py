@@ -9,6 +9,7 @@ Secrets: the key comes from the environment, and no error that leaves this file 
 """
 
 import collections
+import email.utils
 import hashlib
 import json
 import os
@@ -89,6 +90,16 @@ class Usage:
             "simulator/latency_p95": times[int(0.95 * (len(times) - 1))] if times else 0.0,
             "simulator/cost": (tokens[0] * price_in + tokens[1] * price_out) / 1e6,
         }
+
+
+def retry_after(text: str) -> float:
+    """Seconds that a Retry-After header asks for, a number or an HTTP date; 0 if it is neither (RFC 9110, 10.2.3)."""
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        return float(text)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    except ValueError:
+        return 0.0
 
 
 class Endpoint:
@@ -188,8 +199,7 @@ class Endpoint:
                 self.fatal = f"{why}; look at user_url, user_model and the key in the environment"
             if code in USELESS:
                 return "", self.fatal or why, None
-            after = error.response.headers.get("retry-after", "")
-            return self.failed(why, float(after) if re.fullmatch(r"\d+(\.\d+)?", after) else 0.0)
+            return self.failed(why, retry_after(error.response.headers.get("retry-after", "")))
         except (self.openai.APITimeoutError, self.httpx.TimeoutException, TimeoutError):
             return self.failed("the user's server did not answer in time")
         except (self.openai.APIConnectionError, self.httpx.HTTPError, *MALFORMED) as error:

@@ -16,11 +16,13 @@ from config import InputError
 from llm import Answer, Call
 from simulator import INTENTIONS, PERSONA_TYPES, Appraisal, EmotionRules, Failed, Key, Profile, UserTurn, band
 
-# A user that says one of these takes its leave (rule 7).
+# A user that says one of these takes its leave (rule 7), unless it tells of somebody's: "he never said goodbye".
 GOODBYE = {
-    "en": re.compile(r"\b(?:good ?bye|bye|farewell|see you (?:later|soon|around)|talk to you later)\b", re.I),
-    "zh": re.compile("再见|拜拜|告辞|回头聊|下次再聊|下次聊"),
-}
+    "en": re.compile(
+        r"(?<!\bsay )(?<!\bsaid )(?<!\bsaying )(?<!\ba )(?<!\bthe )(?<!\bmy )(?<!\bour )(?<!\blast )"
+        r"\b(?:good ?bye|bye|farewell|see you (?:later|soon|around)|talk to you later)\b", re.I),
+    "zh": re.compile("(?<![说没不能])再见(?![到面过她他])|拜拜|告辞|回头聊|下次再聊|下次聊"),
+}  # fmt: skip
 SLOTS = {  # file: slots above the line (constant over a dialogue), slots below it
     name: ({"persona", "persona_type", "traits", "scene", "intention"}, below) for name, below in {
         "opening": {"emotion", "band"}, "appraisal": {"history", "emotion", "band", "reply"},

@@ -1,5 +1,6 @@
 """Users that are language models: what a server may do to us, dialogues, record and replay, training runs, Local."""
 
+import email.utils
 import itertools
 import json
 import logging
@@ -23,7 +24,7 @@ from engine import hash_key
 from llm import Answer, Call, Endpoint, Record, Usage
 from model import save_model
 from rollout import USER_STREAM, log_line, run_dialogues
-from sentient import APPRAISAL, LLMUser
+from sentient import APPRAISAL, GOODBYE, LLMUser
 from simulator import EmotionRules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -113,6 +114,12 @@ def test_retry_after_is_honoured_and_gives_up_where_it_asks_for_too_long():
         assert all(b - a >= 0.3 for a, b in zip(server.times, server.times[1:])) and len(server.times) == 3
     with serve("429") as server:
         assert "429" in ask(endpoint(server, dialogue_timeout=0.2), call())[0].failed and len(server.times) == 1
+
+
+def test_retry_after_is_a_number_or_a_date():
+    assert [llm.retry_after(text) for text in ("7", "0.5", "", "soon", "-3")] == [7.0, 0.5, 0.0, 0.0, 0.0]
+    assert 25 < llm.retry_after(email.utils.formatdate(time.time() + 30, usegmt=True)) <= 30
+    assert llm.retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
 
 
 def test_a_dialogue_waits_no_longer_than_it_may_over_all_its_calls():
@@ -221,6 +228,17 @@ def test_a_goodbye_ends_a_dialogue_but_not_its_opening(chat, folder):
     dialogues = hold(chat, client, folder, make_jobs(2, 2, first_talk=None))
     assert all(dialogue.ended == "goodbye" and len(dialogue.turns) == 1 for dialogue in dialogues)
     assert [evaluation.mismatches(log_line(dialogue), "") for dialogue in dialogues] == [[]] * 4
+
+
+@pytest.mark.parametrize("language, text, leaves", [
+    ("en", "Goodbye then.", True), ("en", "Thanks. Bye!", True), ("en", "I must go, talk to you later.", True),
+    ("en", "He left and never said goodbye.", False), ("en", "I could not even say bye to her.", False),
+    ("en", "It was the goodbye that hurt, our farewell.", False), ("en", "Byelaws are dull.", False),
+    ("zh", "谢谢你，再见。", True), ("zh", "先这样吧，拜拜", True), ("zh", "他走的时候都没跟我说再见。", False),
+    ("zh", "我不想再见到他。", False), ("zh", "后来没再见过面。", False),
+])  # fmt: skip
+def test_leave_is_taken_not_told_of(language, text, leaves):
+    assert bool(GOODBYE[language].search(text)) == leaves
 
 
 def test_what_cannot_be_read_is_asked_again_under_another_seed_then_the_dialogue_fails(chat, folder):
