@@ -46,6 +46,8 @@ from update import State, build, update
 ORDER_STREAM = 2  # keeps the order of profiles apart from other uses of the seed
 MAX_SKIPPED = 5  # non-finite steps in a row before a run gives up
 LEARNT = ("policy/loss", "policy/approx_kl", "policy/clipfrac", "policy/entropy", "policy/grad_norm")
+USAGE = [f"simulator/{key}" for key in (
+    "llm_calls", "tokens_in", "tokens_out", "cost", "retries", "parse_failures", "clamped", "failed")]  # fmt: skip
 LEARNT_BY = {"ppo": ("value/loss", "value/explained_variance"), "grpo": ("group/zero_spread",)}
 
 
@@ -258,6 +260,18 @@ def write_scalars(board: SummaryWriter, metrics: dict[str, float], step: int) ->
             board.add_scalar(name, amount, step)
 
 
+def write_usage(run: Path) -> None:
+    """usage.json: what the user's model cost over the whole run, evaluations apart (each has its own result.json)."""
+    total: Counter = Counter()
+    for line in (run / "metrics.jsonl").read_bytes().split(b"\n")[:-1]:
+        row = json.loads(line)
+        total.update({key: row.get(key) or 0 for key in USAGE})
+    (run / "usage.json").write_text(json.dumps(total, indent=1) + "\n")
+    calls, tokens_in, tokens_out, cost = (total[key] for key in USAGE[:4])
+    spent = f"{calls:,} calls, {tokens_in:,} tokens in, {tokens_out:,} out, cost {cost:.2f}"
+    print(f"the user's model: {spent}; more in {run / 'usage.json'}")
+
+
 def train(config: Config, user: User | None = None) -> Path:
     """The whole run; `user` replaces the configured one (tests). Returns the folder of the trained model."""
     run, device = open_run(config), pick_device(config)
@@ -313,6 +327,8 @@ def train(config: Config, user: User | None = None) -> Path:
                 save_checkpoint(run, state.step, state.modules, state.optimisers, config.keep)
             raise
         save_model(state.policy, chat.tokenizer, model)
+        if isinstance(user, LLMUser):
+            write_usage(run)
         interrupts.check()
     return model
 

@@ -337,7 +337,7 @@ def llm_run(tiny, server, folder, **changes):
 def test_a_run_with_a_shaky_server_completes_and_excludes_failed_dialogues(tiny, folder):
     with serve() as server:
         server.fault = shaky(server, doomed=[hash_key(0, 0, 0, 1, USER_STREAM)])  # seed, step, group, member
-        config = llm_run(tiny, server, folder)
+        config = llm_run(tiny, server, folder, price_in=1000.0, price_out=500.0)
         assert train.train(config).is_dir()
     rows = evaluation.read_log(f"{config.run}/dialogues.jsonl")
     assert len(rows) == 16 and not [row for row in rows if evaluation.mismatches(row, "")]
@@ -348,6 +348,10 @@ def test_a_run_with_a_shaky_server_completes_and_excludes_failed_dialogues(tiny,
         assert numbers["simulator/retries"] > 0 and numbers["simulator/llm_calls"] > 8 * 4
         for row in good:  # no reward without an appraisal
             assert all("change" in said["planning"] for said in row["history"][2::2]) and len(row["history"]) == 5
+    spent, steps = json.loads(Path(config.run, "usage.json").read_text()), metrics(config)
+    assert spent == {key: pytest.approx(sum(step[key] for step in steps)) for key in train.USAGE}
+    assert spent["simulator/cost"] == pytest.approx(
+        spent["simulator/tokens_in"] / 1e6 * 1000 + spent["simulator/tokens_out"] / 1e6 * 500)  # fmt: skip
     failed = [row for row in rows if row["status"] == "failed"]
     assert {"reward", "emo_point"}.isdisjoint(*failed) and (1, [0, 1]) in [(row["step"], row["key"]) for row in failed]
 
