@@ -24,7 +24,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean, median, pstdev
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -261,11 +261,14 @@ def write_scalars(board: SummaryWriter, metrics: dict[str, float], step: int) ->
 
 
 def write_usage(run: Path) -> None:
-    """usage.json: what the user's model cost over the whole run, evaluations apart (each has its own result.json)."""
-    total: Counter = Counter()
-    for line in (run / "metrics.jsonl").read_bytes().split(b"\n")[:-1]:
-        row = json.loads(line)
-        total.update({key: row.get(key) or 0 for key in USAGE})
+    """usage.json: what the user's model cost over the whole run, evaluations apart (each has its own result.json).
+
+    Sums over the steps; of the latencies the median p50 and the largest p95 of any step.
+    """
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().split(b"\n")[:-1]]
+    total = {key: sum(row[key] for row in rows) for key in USAGE}
+    total["simulator/latency_p50"] = median(row["simulator/latency_p50"] for row in rows)
+    total["simulator/latency_p95"] = max(row["simulator/latency_p95"] for row in rows)
     (run / "usage.json").write_text(json.dumps(total, indent=1) + "\n")
     calls, tokens_in, tokens_out, cost = (total[key] for key in USAGE[:4])
     spent = f"{calls:,} calls, {tokens_in:,} tokens in, {tokens_out:,} out, cost {cost:.2f}"

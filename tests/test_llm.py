@@ -349,6 +349,8 @@ def test_a_run_with_a_shaky_server_completes_and_excludes_failed_dialogues(tiny,
         for row in good:  # no reward without an appraisal
             assert all("change" in said["planning"] for said in row["history"][2::2]) and len(row["history"]) == 5
     spent, steps = json.loads(Path(config.run, "usage.json").read_text()), metrics(config)
+    assert spent.pop("simulator/latency_p95") == max(step["simulator/latency_p95"] for step in steps)
+    assert spent.pop("simulator/latency_p50") == sum(step["simulator/latency_p50"] for step in steps) / 2
     assert spent == {key: pytest.approx(sum(step[key] for step in steps)) for key in train.USAGE}
     assert spent["simulator/cost"] == pytest.approx(
         spent["simulator/tokens_in"] / 1e6 * 1000 + spent["simulator/tokens_out"] / 1e6 * 500)  # fmt: skip
