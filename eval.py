@@ -215,7 +215,10 @@ def begin_evaluation(folder: Path, settings: dict) -> Path:
         if (folder / "result.json").exists() or not (folder / "settings.json").is_file():
             what = "holds an evaluation already" if (folder / "result.json").exists() else "is not an empty folder"
             raise InputError(f"{folder}: {what}; give another out=DIR or remove it")
-        before = json.loads((folder / "settings.json").read_text())
+        try:
+            before = json.loads((folder / "settings.json").read_text())
+        except ValueError:  # a kill while it was written: nothing had been held yet
+            raise InputError(f"{folder}/settings.json: not JSON; give another out=DIR or remove the folder") from None
         for key in settings:
             if before.get(key) != settings[key]:
                 was = f"{key} {before.get(key)}"

@@ -419,6 +419,13 @@ def test_the_table_by_turn(capsys):
         assert float(emotion) == pytest.approx(sum(pair[1] for pair in pairs) / len(pairs), abs=0.051)
 
 
+def test_an_evaluation_that_was_cut_off_while_it_began_is_named(bench):
+    Path("first").mkdir()
+    Path("first/settings.json").write_text('{"model": "sha')
+    with pytest.raises(InputError, match="first/settings.json: not JSON; give another"):
+        main([*bench, "out=first"])
+
+
 def test_a_run_is_evaluated_with_its_own_settings(bench, capsys):
     """No option has to be repeated; what is given wins."""
     options = dict(
