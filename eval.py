@@ -65,7 +65,7 @@ def user_name(config: Config, mode: str) -> str:
     """Who the user is, for whoever reads a result: the offline user by its hash, a language model by name."""
     if config.user == "offline":
         return f"offline {user_hash()}, {mode}"
-    prompts = config.prompts or "our prompts"
+    prompts = (config.prompts or "our prompts") + (", one call a turn" if config.one_call else "")
     return f"{config.user} {config.user_model} at temperature {config.user_temperature:g}, {prompts}, {mode}"
 
 
@@ -253,10 +253,10 @@ def write_evaluation(folder: Path, config: Config, settings: dict, rows: list[di
     (folder / "result.txt").write_text(f"{text}\n\n{score_text(str(folder / 'dialogues.jsonl'), numbered)}\n")
     save_config(config, folder / "config.json")
     result = summary(rows)
-    several = {"seeds": [{"seed": seed, **without_nan(summary([r for r in rows if r["seed"] == seed]))}
-                         for seed in settings["seeds"]]}
     spread = interval(rows) if result["n"] else None
-    whole = {**without_nan(result), "interval": spread, **several, "settings": settings, "cost": cost}
+    by_seed = {seed: summary([row for row in rows if row["seed"] == seed]) for seed in settings["seeds"]}
+    seeds = [{"seed": seed, **without_nan(found)} for seed, found in by_seed.items()]
+    whole = {**without_nan(result), "interval": spread, "seeds": seeds, "settings": settings, "cost": cost}
     (folder / "result.json").write_text(json.dumps(whole, indent=1) + "\n")
     (folder / "dialogues.partial.jsonl").unlink(missing_ok=True)
     return result

@@ -374,6 +374,32 @@ def test_an_interrupted_benchmark_goes_on_and_asks_no_dialogue_twice(bench, monk
     assert not log.exists()
 
 
+def test_a_benchmark_that_goes_on_keeps_the_opening_that_its_user_made(bench, monkeypatch):
+    """A first line is made once for all dialogues with a profile, before the interruption and after it."""
+    people, made = Path("two.jsonl"), []
+    rows = [json.loads(line) for line in people.read_text().splitlines()]
+    people.write_text("".join(json.dumps({k: row[k] for k in row if k != "first_talk"}) + "\n" for row in rows))
+
+    class Inventive(ScriptedUser):
+        def start(self, key, profile, seed):
+            super().start(key, profile, seed)
+            if profile.first_talk is None:
+                made.append(key)
+                self.queue[-1][2] = UserTurn(f"Opening {len(made)}.", self.rules.start)
+
+    def stop(key, turn, reply):
+        if key == (0, 1):
+            raise KeyboardInterrupt
+        return 1.0
+
+    command = [*bench, "slots=1", "eval_max_turns=2", "out=first"]
+    for change, code in ((stop, 130), (lambda *_: 1.0, 0)):
+        monkeypatch.setattr(evaluation, "make_user", lambda config, start, mode, change=change: Inventive(change))
+        assert main(command) == code
+    openings = [row["history"][0]["content"] for row in read_log("first/dialogues.jsonl")]
+    assert openings == ["Opening 1.", "Opening 1.", "Opening 2.", "Opening 2."]
+
+
 def test_repeats_have_a_seed_each_and_a_row_each(bench):
     main([*bench, "out=three", "seeds=3", "eval_seed=7"])
     main([*bench, "out=one", "eval_seed=8"])
