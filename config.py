@@ -101,10 +101,15 @@ class Config:
     epochs: int = option(1, "passes over the batch per iteration")
     micro_tokens: int = option(8192, "tokens per forward and backward; any value gives the same gradient")
     checkpointing: bool = option(False, "recompute activations in the backward pass")
+    lora_rank: int = option(0, "train low-rank adapters of that rank on a frozen base (LoRA); 0: train all weights")
+    lora_alpha: float = option(32.0, "LoRA: the adapters' output is scaled by lora_alpha / lora_rank")
+    lora_targets: str = option(
+        "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "LoRA: linear layers of a block that get adapters"
+    )
     # losses
     credit: str = option(
         "final",
-        "PPO's reward: final (on the last token) or turn (each change of emotion on its turn)",
+        "reward: final (on the last token) or turn (each change of emotion on its turn)",
         ("final", "turn"),
     )
     clip: float = option(0.2, "PPO's clip range of the ratio")
@@ -135,6 +140,21 @@ class Config:
         "run then goes on (its own later checkpoints are removed)",
     )
     device: str = option("auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
+    precision: str = option(
+        "auto",
+        "what forward and backward compute in: fp32, bf16 (weights, gradients' sums and Adam stay fp32; a frozen base "
+        "under LoRA is kept in bf16), or auto: bf16 on GPUs, fp32 on CPUs",
+        ("auto", "fp32", "bf16"),
+    )
+    shard: int = option(
+        0, "ranks that share one copy of the weights (FSDP); fewer than all: hybrid, each such group has a copy; 0: all"
+    )
+    generation: str = option(
+        "inplace",
+        "where rollouts on several ranks or GPUs find whole weights: inplace (shards are gathered for the rollout and "
+        "freed after it) or replica (a second, whole copy, 2 bytes a parameter in bf16, updated after each step)",
+        ("inplace", "replica"),
+    )
     threads: int = option(0, "CPU threads; 0: torch's default")
 
 
@@ -142,7 +162,7 @@ class Config:
 MAY_CHANGE = (
     "steps", "save_every", "keep", "eval_every", "resume", "run", "threads", "device", "user_url", "user_key_env",
     "user_concurrency", "user_retries", "user_try_timeout", "user_dialogue_timeout", "record", "record_file",
-    "price_in", "price_out",
+    "shard", "generation", "price_in", "price_out",
 )
 
 
@@ -233,7 +253,8 @@ def check(config: Config) -> Config:
             raise InputError(f"option {key!r} must be above 0, not {getattr(config, key)}")
     for key in (
         "warmup", "critic_warmup", "weight_decay", "value_clip", "vf_coef", "entropy_coef", "kl_coef", "eval_every",
-        "save_every", "threads", "learn_from", "user_temperature", "user_retries", "price_in", "price_out",
+        "save_every", "threads", "shard", "lora_rank", "learn_from", "user_temperature", "user_retries", "price_in",
+        "price_out",
     ):
         if getattr(config, key) < 0:
             raise InputError(f"option {key!r} must not be negative, not {getattr(config, key)}")
@@ -244,6 +265,12 @@ def check(config: Config) -> Config:
         if not 10 <= getattr(config, key) < 100:
             value = getattr(config, key)
             raise InputError(f"option {key!r} must be in 10..99, where a dialogue can begin, not {value}")
+    targets = config.lora_targets.split(",")
+    known = Config.lora_targets.split(",")
+    if config.lora_rank and not set(targets) <= set(known):
+        raise InputError(f"option 'lora_targets' is some of {', '.join(known)}, not {config.lora_targets!r}")
+    if config.lora_rank and not config.lora_alpha > 0:
+        raise InputError(f"option 'lora_alpha' must be above 0, not {config.lora_alpha}")
     if config.algorithm == "grpo" and config.group_size < 2:
         raise InputError(
             "option 'group_size' must be at least 2 for grpo: a group of one has no baseline; or set algorithm=ppo"
@@ -252,10 +279,6 @@ def check(config: Config) -> Config:
         raise InputError(
             f"option 'learn_from' ({config.learn_from}) is 0, or at least 2 and at most 'group_size' "
             f"({config.group_size}): one dialogue has nothing to be compared with"
-        )
-    if config.algorithm == "grpo" and config.credit != "final":
-        raise InputError(
-            "option 'credit' must be final for grpo, which has one advantage a dialogue; or set algorithm=ppo"
         )
     for needed in {"llm": ("user_model", "user_url"), "local": ("user_model",)}.get(config.user, ()):
         if not getattr(config, needed) and config.record != "replay":

@@ -29,6 +29,22 @@ def group_advantages(rewards: dict[Key, float], scale: bool) -> tuple[dict[Key, 
     return advantages, flat / max(1, len(kept))
 
 
+def turn_advantages(to_go: dict[Key, list[float]], scale: bool) -> tuple[dict[Key, list[float]], float]:
+    """Advantage per turn: the reward still to come from it, against that of the group's same turn.
+
+    With one entry a dialogue this is `group_advantages`. What happened before a turn is neither blamed on it nor
+    praised; a turn that no other member of the group has reached has no baseline and gets 0.
+    """
+    advantages: dict[Key, list[float]] = {key: [0.0] * len(values) for key, values in to_go.items()}
+    flat = []
+    for turn in range(max(map(len, to_go.values()))):
+        found, share = group_advantages({k: values[turn] for k, values in to_go.items() if turn < len(values)}, scale)
+        flat.append(share)
+        for key, amount in found.items():
+            advantages[key][turn] = amount
+    return advantages, fmean(flat)
+
+
 def most_varied(rewards: dict[Key, float], count: int) -> set[Key]:
     """The `count` dialogues of each group whose rewards vary most: some of the lowest, the others of the highest.
 

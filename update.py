@@ -116,7 +116,8 @@ class Piece:
 
 @torch.no_grad()
 def prepare(
-    state: State, config: Config, pieces: list[Piece], rewards: dict[Key, Tensor], banned: Tensor
+    state: State, config: Config, pieces: list[Piece], rewards: dict[Key, Tensor], banned: Tensor,
+    turns: dict[Key, list[int]] | None = None,
 ) -> dict[str, float]:
     """Fill the pieces: old values and log-probabilities, then advantages and returns. Returns the metrics of that.
 
@@ -138,14 +139,13 @@ def prepare(
         penalty = by_dialogue(pieces, [config.kl_coef * (piece.old_logp - piece.reference_logp) for piece in pieces])
     metrics = {}
     if config.algorithm == "grpo":
-        total = {
-            key: float(reward_N.sum() - (penalty[key].sum() if penalty else 0.0))
-            for key, reward_N in rewards.items()
-        }
-        advantage, metrics["group/zero_spread"] = grpo.group_advantages(total, config.scale_advantage)
-        for piece in pieces:
-            spread = [torch.full((n,), advantage[key]) for key, n in zip(piece.batch.keys, piece.batch.trained)]
-            piece.advantage = torch.cat(spread).to(banned.device)
+        spans = turns or {key: [len(reward_N)] for key, reward_N in rewards.items()}
+        to_go = {}
+        for key, lengths in spans.items():
+            reward_N = rewards[key] - penalty[key].cpu() if penalty else rewards[key]
+            to_go[key] = [float(reward_N[sum(lengths[:i]) :].sum()) for i in range(len(lengths))]
+        found, metrics["group/zero_spread"] = grpo.turn_advantages(to_go, config.scale_advantage)
+        scatter(pieces, {k: torch.tensor(found[k]).repeat_interleave(torch.tensor(spans[k])) for k in found}, "advantage")
         return metrics
     value = by_dialogue(pieces, [piece.old_value for piece in pieces])
     advantage, returns = {}, {}
@@ -236,6 +236,9 @@ def update(state: State, config: Config, dialogues: list[Dialogue], banned: Tens
     if not good:
         return {"skipped": 1.0}
     rewards = {dialogue.key: torch.tensor(token_rewards(dialogue, config.credit)) for dialogue in good}
+    turns = None
+    if config.credit == "turn":
+        turns = {dialogue.key: [len(turn.sampled_ids) for turn in dialogue.turns] for dialogue in good}
     items = {dialogue.key: trajectories(dialogue, config.think) for dialogue in good}
     # Mini-batches take whole dialogues, dealt out in a shuffled order of their own.
     order = sorted(items, key=lambda key: hash_key(config.seed, state.step, *key))
@@ -244,7 +247,7 @@ def update(state: State, config: Config, dialogues: list[Dialogue], banned: Tens
         chosen = sorted(order[index :: config.minibatches])
         parts = split([item for key in chosen for item in items[key]], config.micro_tokens)
         minibatches.append([Piece(pack(part).to(device)) for part in parts])
-    metrics = prepare(state, config, [piece for pieces in minibatches for piece in pieces], rewards, banned)
+    metrics = prepare(state, config, [piece for pieces in minibatches for piece in pieces], rewards, banned, turns)
     set_learning_rates(state, config)
     steps = [learn(state, config, pieces, banned) for _ in range(config.epochs) for pieces in minibatches if pieces]
     metrics["policy/lr"] = state.optimisers[0].param_groups[0]["lr"]
