@@ -1,74 +1,254 @@
-"""Checkpoints: what a run needs to go on exactly where it was, written so that a kill at any moment harms nothing.
+"""Many processes as one: the process group, FSDP2 sharding, whole weights for a rollout, and checkpoints.
 
-A checkpoint is a folder `ckpt/step_N` with safetensors (weights and optimiser states by parameter name) and a small
-state.json. It is written under another name, synced to disk, then renamed: a folder called step_N is complete.
+A single process on a CPU needs none of it: `World()` is one rank, nothing is sharded, and every function here does
+the plain thing. Under torchrun, and on a GPU always, `shard` cuts every block with FSDP2 (bf16 compute, fp32 master
+weights and gradient sums). Ranks speak of dialogues and decisions as Python objects over gloo, which waits for hours;
+tensors of the model go over NCCL where there are GPUs.
+
+A checkpoint is a folder `ckpt/step_N` of safetensors in the layout of torch.distributed.checkpoint, each rank's shard
+with its offsets, so that any number of ranks can read it. It is written under another name, synced to disk, then
+renamed: a folder called step_N is complete.
 """
 
 import json
 import os
 import shutil
+import sys
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
-from config import InputError
-from model import load_strictly, read_json, read_tensors
+from config import Config, InputError
+from model import PackedAttention, Transformer
+from weights import read_json, whole, whole_weights
 
-
-def optimiser_tensors(optimiser: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Tensor]:
-    """AdamW's state as tensors called <parameter name>:<exp_avg|exp_avg_sq|step>; `names`: id(parameter) -> name."""
-    return {f"{names[id(p)]}:{key}": value for p, state in optimiser.state.items() for key, value in state.items()}
-
-
-def fill_optimiser(
-    optimiser: torch.optim.Optimizer, names: dict[int, str], tensors: dict[str, Tensor], where: str
-) -> None:
-    """Put back what `optimiser_tensors` took out. Raises InputError where a state is missing or misshapen."""
-    for group in optimiser.param_groups:
-        for parameter in group["params"]:
-            prefix = names[id(parameter)] + ":"
-            state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-            if set(state) != {"exp_avg", "exp_avg_sq", "step"} or state["exp_avg"].shape != parameter.shape:
-                raise InputError(
-                    f"{where}: the optimiser's state of {prefix[:-1]} is missing or of another shape; "
-                    "this checkpoint is of another model"
-                )
-            optimiser.state[parameter] = {
-                key: value.to(parameter.device if value.dim() else "cpu") for key, value in state.items()
-            }
+PATIENCE = timedelta(hours=12)  # how long a rank waits for another whose users are slow
+FILE_BYTES = 1 << 30  # of one checkpoint file, over all ranks: a rank holds two copies of its part while it writes
 
 
-def parameter_names(modules: dict[str, nn.Module]) -> dict[int, str]:
-    """id(parameter) -> "<module>.<parameter name>", over all modules of a run."""
-    return {id(p): f"{key}.{name}" for key, module in modules.items() for name, p in module.named_parameters()}
+class SaveError(Exception):
+    """A checkpoint could not be written; the one before is untouched. The message is one line."""
+
+
+# A single process is meant where there is no process group; DCP warns of it at every save and load.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its like. Without a mesh nothing is sharded; `dtype` is what forward computes in."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+    mesh: DeviceMesh | None = None
+    group: object = None  # gloo
+
+    @property
+    def main(self) -> bool:
+        """Whether this rank writes and prints."""
+        return self.rank == 0
+
+    def gather(self, mine: object) -> list:
+        """What every rank brought, in the order of ranks, on every rank."""
+        if self.size == 1:
+            return [mine]
+        everyone = [None] * self.size
+        dist.all_gather_object(everyone, mine, group=self.group)
+        return everyone
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.gather(None)
+
+
+def pick_device(config: Config) -> torch.device:
+    """The device a config names. Raises InputError for cuda where there is none."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("option 'device' is cuda, but no GPU is to be seen; use device=cpu")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def start(config: Config) -> World:
+    """Join the process group that torchrun describes, if any; a GPU alone makes a group of its own.
+
+    Raises InputError where `shard` or `precision` do not fit. All ranks must see the same file system.
+    """
+    device, several = pick_device(config), int(os.environ.get("WORLD_SIZE", 1)) > 1
+    cuda = device.type == "cuda"
+    half = config.precision == "bf16" or (cuda and config.precision == "auto")
+    if not several and not cuda:
+        if half:
+            raise InputError("option 'precision' is bf16, which wants a GPU; use precision=fp32 on a CPU")
+        return World(device=device)
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        alone = {} if several else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=None if cuda else PATIENCE, **alone)
+    size, shard = dist.get_world_size(), config.shard or dist.get_world_size()
+    if size % shard:
+        raise InputError(f"option 'shard' ({shard}) must divide the number of ranks ({size})")
+    if shard == size:
+        mesh = init_device_mesh(device.type, (size,))
+    else:
+        mesh = init_device_mesh(device.type, (size // shard, shard), mesh_dim_names=("replicate", "shard"))
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return World(dist.get_rank(), size, device, torch.bfloat16 if half else torch.float32, mesh, group)
+
+
+def close() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shard(model: Transformer, world: World) -> None:
+    """Cut every block and the rest (embedding, norm, head) over the mesh. Before any forward, best on meta."""
+    if world.mesh is None:
+        return
+    # cast_forward_inputs would make the fp32 rotary tables bf16
+    policy = MixedPrecisionPolicy(param_dtype=world.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.model.layers:
+        fully_shard(block, mesh=world.mesh, mp_policy=policy)
+    # The root stays whole between forward and backward, since log-probabilities use the output weight outside it.
+    fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+@contextmanager
+def gathered(model: Transformer, world: World):
+    """Within this block all parameters are whole, and forward needs no other rank: for generation.
+
+    Every rank must enter; they may leave at different times.
+    """
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+    if parts:
+        with torch.no_grad():  # gathers each part as it comes to it
+            nothing = torch.zeros(1, dtype=torch.long, device=world.device)
+            model(nothing, nothing, PackedAttention([0, 1], world.device))
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not model, recurse=False)
+            part.reshard()
+
+
+def make_replica(model: Transformer, world: World) -> Transformer:
+    """A second, whole copy of the policy in the compute precision, its adapter merged in; `refill` gives it values."""
+    with torch.device("meta"):
+        replica = Transformer(model.raw)
+    return replica.to(world.dtype).to_empty(device=world.device).requires_grad_(False)
+
+
+@torch.no_grad()
+def refill(replica: Transformer, model: Transformer) -> None:
+    """Copy the policy's weights into its replica; all ranks together."""
+    places = dict(replica.named_parameters())
+    for name, tensor in whole_weights(model):
+        places[name].copy_(tensor)
+
+
+def clip_gradients(parameters: list[nn.Parameter], limit: float, world: World) -> float:
+    """Average replicated gradients over ranks, scale all to a norm of at most `limit`; returns the norm before.
+
+    FSDP has averaged those of sharded parameters. The norm is that of the whole gradient, whoever holds it.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    sharded = [g for g in gradients if isinstance(g, DTensor)]
+    plain = [g for g in gradients if not isinstance(g, DTensor)]
+    if world.size > 1:
+        for g in plain:
+            dist.all_reduce(g)
+            g /= world.size
+    norms = [whole(nn.utils.get_total_norm(part)) for part in (sharded, plain) if part]
+    norm = float(torch.stack(norms).norm())
+    for g in gradients:
+        g.mul_(min(1.0, limit / (norm + 1e-6)))
+    return norm
+
+
+# ---- checkpoints
+
+
+def adam_state(parameter: nn.Parameter) -> dict[str, Tensor]:
+    """AdamW's state of a parameter before its first step."""
+    zeros = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+    return {"step": torch.zeros((), device=parameter.device), **zeros}
+
+
+def checkpoint_tensors(modules: dict[str, nn.Module], optimisers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """What a checkpoint holds, by name: trained parameters `MODULE.NAME`, AdamW's states `MODULE.NAME:KEY`.
+
+    What is frozen is not in it. The tensors are views: loading into them fills modules and optimisers.
+    """
+    named = {f"{key}.{n}": p for key, m in modules.items() for n, p in m.named_parameters() if p.requires_grad}
+    names = {id(p): name for name, p in named.items()}
+    found = {name: p.detach() for name, p in named.items()}
+    for optimiser in optimisers:
+        for p, state in optimiser.state.items():
+            found |= {f"{names[id(p)]}:{key}": value for key, value in state.items()}
+    return {name: tensor.view(1) if tensor.dim() == 0 else tensor for name, tensor in found.items()}
 
 
 def save_checkpoint(
-    run: Path, step: int, modules: dict[str, nn.Module], optimisers: list[torch.optim.Optimizer], keep: int
+    run: Path, step: int, modules: dict[str, nn.Module], optimisers: list[torch.optim.Optimizer], world: World
 ) -> Path:
-    """Write ckpt/step_N; afterwards only the newest `keep` checkpoints are left. Returns the folder."""
+    """Write ckpt/step_N, all ranks together. Raises SaveError, on every rank, where the disk is full or the like."""
     folder, aside = run / "ckpt" / f"step_{step}", run / "ckpt" / f"step_{step}.partial"
-    for left in folder.parent.glob("*.partial"):  # by a kill
-        shutil.rmtree(left)
-    aside.mkdir(parents=True)
-    for key, module in modules.items():
-        weights = {name: p.detach().cpu().contiguous() for name, p in module.named_parameters()}
-        save_file(weights, aside / f"{key}.safetensors")
-    names, states = parameter_names(modules), {}
-    for optimiser in optimisers:
-        states |= {name: tensor.cpu() for name, tensor in optimiser_tensors(optimiser, names).items()}
-    save_file({**states, "rng": torch.get_rng_state()}, aside / "optimiser.safetensors")
-    (aside / "state.json").write_text(json.dumps({"step": step}) + "\n")
-    for file in aside.iterdir():
-        with open(file, "rb+") as handle:
-            os.fsync(handle.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
-    sync_folder(folder.parent)
-    for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+    why = ""
+    try:
+        if world.main:
+            for left in folder.parent.glob("*.partial"):  # by a kill
+                shutil.rmtree(left)
+            aside.mkdir(parents=True)
+        world.barrier()
+        tensors = {**checkpoint_tensors(modules, optimisers), "rng": torch.get_rng_state()}
+        files, size = {}, 0
+        for name, tensor in tensors.items():
+            size += tensor.numel() * tensor.element_size()
+            files[name] = 1 + size // FILE_BYTES
+        writer = dcp.HuggingFaceStorageWriter(str(aside), files, save_distributed=True)
+        dcp.save(tensors, storage_writer=writer, process_group=world.group, no_dist=world.mesh is None)
+        if world.main:
+            about = {"step": step, "ranks": world.size, "dtype": str(world.dtype).removeprefix("torch.")}
+            sizes = {file.name: file.stat().st_size for file in sorted(aside.iterdir())}
+            with open(aside / "state.json", "w") as file:
+                file.write(json.dumps({**about, "files": sizes}, indent=1) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(aside, folder)
+            sync_folder(folder.parent)
+    except (OSError, CheckpointException) as error:
+        causes = [cause[0] for cause in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        why = str(causes[0]).strip().splitlines()[-1]
+    why = next((said for said in world.gather(why) if said), "")
+    if why:
+        if world.main:
+            shutil.rmtree(aside, ignore_errors=True)
+        last = checkpoints(run)[-1:]
+        left = f"the last good checkpoint is {last[0]}" if last else "there is no checkpoint yet"
+        raise SaveError(f"{folder}: could not be written ({why}); {left}")
     return folder
 
 
@@ -85,21 +265,81 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(folders, key=lambda folder: int(folder.name[5:]))
 
 
-def load_checkpoint(folder: Path, modules: dict[str, nn.Module], optimisers: list[torch.optim.Optimizer]) -> int:
-    """Fill modules and optimisers in place; returns the step. Raises InputError for a damaged or foreign checkpoint."""
-    step = read_json(folder / "state.json").get("step")
-    tensors = {key: read_tensors(folder / f"{key}.safetensors") for key in modules}
-    states = read_tensors(folder / "optimiser.safetensors")
-    if type(step) is not int:
-        raise InputError(f"{folder / 'state.json'}: has no number step; no checkpoint, or a damaged one")
-    if "rng" not in states:
-        raise InputError(f"{folder / 'optimiser.safetensors'}: has no tensor rng; no checkpoint, or a damaged one")
-    for key, module in modules.items():
-        device = next(module.parameters()).device
-        on_device = {name: tensor.to(device) for name, tensor in tensors[key].items()}
-        load_strictly(module, on_device, str(folder / f"{key}.safetensors"), assign=False)
-    torch.set_rng_state(states.pop("rng"))
-    names = parameter_names(modules)
-    for optimiser in optimisers if states else ():  # before the first update there is nothing to put back
-        fill_optimiser(optimiser, names, states, str(folder))
+def prune(run: Path, keep: int, best: int | None) -> None:
+    """Leave only the newest `keep` checkpoints, and that of step `best`."""
+    for old in checkpoints(run)[:-keep]:
+        if old.name != f"step_{best}":
+            shutil.rmtree(old)
+
+
+def check_files(folder: Path) -> int:
+    """The step of a checkpoint. Raises InputError where a file is missing, truncated or damaged."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such checkpoint")
+    state = read_json(folder / "state.json")
+    step, files = state.get("step"), state.get("files")
+    if type(step) is not int or not isinstance(files, dict):
+        raise InputError(f"{folder / 'state.json'}: has no number step and files; no checkpoint, or a damaged one")
+    for name, size in files.items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            what = "is missing" if found is None else f"has {found} bytes, not {size}"
+            raise InputError(f"{path}: {what}; this checkpoint is damaged")
+        try:
+            safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise InputError(f"{path}: damaged ({error})") from None
+    return step
+
+
+def newest_sound(run: Path, world: World) -> Path | None:
+    """The newest checkpoint of a run whose files are all there, with a warning for each that is passed over.
+
+    None where there is no checkpoint at all. Raises InputError where all are damaged.
+    """
+    passed_over = []
+    for folder in reversed(checkpoints(run)):
+        try:
+            check_files(folder)
+        except InputError as error:
+            passed_over.append(str(error))
+            continue
+        for problem in passed_over if world.main else ():
+            print(f"warning: {problem}; going back to {folder}", file=sys.stderr)
+        return folder
+    if passed_over:
+        raise InputError(f"{passed_over[0]}; the run has no sound one, remove {run / 'ckpt'} to begin again")
+    return None
+
+
+def load_checkpoint(
+    folder: Path, modules: dict[str, nn.Module], optimisers: list[torch.optim.Optimizer] | None = None
+) -> int:
+    """Fill modules and optimisers in place, from whatever number of ranks it was saved; returns the step.
+
+    Without optimisers only the modules' tensors are read. Raises InputError for a damaged or foreign checkpoint.
+    """
+    step = check_files(folder)
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    saved = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}
+    rng = torch.get_rng_state()
+    started = any(name.endswith(":exp_avg") for name in saved)  # before the first update AdamW has no state
+    for optimiser in optimisers or ():
+        for parameter in (p for group in optimiser.param_groups for p in group["params"]):
+            if started:
+                optimiser.state[parameter] = adam_state(parameter)
+    tensors = checkpoint_tensors(modules, optimisers or [])
+    if optimisers is not None:
+        tensors["rng"] = rng
+        foreign = saved.keys() - tensors.keys()
+        if foreign:
+            raise InputError(f"{folder}: holds {min(foreign)}, unknown here; this checkpoint is of another model")
+    for name, tensor in tensors.items():
+        if saved.get(name) != tuple(tensor.shape):
+            what = f"has shape {saved[name]}, not {tuple(tensor.shape)}" if name in saved else "is missing"
+            raise InputError(f"{folder}: tensor {name} {what}; this checkpoint is of another model")
+    dcp.load(tensors, storage_reader=reader, no_dist=True)  # each rank reads by itself
+    if optimisers is not None:
+        torch.set_rng_state(rng)
     return step

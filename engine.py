@@ -40,10 +40,9 @@ def uniform(*key: int) -> float:
 class KVCache:
     """Keys and values [layers, slots, G, capacity, K]. Which positions are valid is known to the attention contexts."""
 
-    def __init__(self, layers: int, slots: int, kv_heads: int, capacity: int, head_dim: int, like: Tensor):
-        shape = (layers, slots, kv_heads, capacity, head_dim)
-        self.k = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        self.v = torch.zeros(shape, dtype=like.dtype, device=like.device)
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
 
 
 class Prefill:
@@ -116,13 +115,15 @@ class Engine:
     def __init__(
         self, model: Transformer, banned_V: Tensor, stop_ids: tuple[int, ...], slots: int, capacity: int,
         temperature: float, value_head: ValueHead | None = None, prefill_tokens: int = 4096,
+        dtype: torch.dtype | None = None,
     ):
         c = model.config
         weight = model.output_weight
         self.model, self.banned, self.stop_ids = model, banned_V.to(weight.device), stop_ids
         self.capacity, self.temperature, self.prefill_tokens = capacity, temperature, prefill_tokens
         self.value_head = value_head
-        self.cache = KVCache(c.num_layers, slots, c.num_kv_heads, capacity, c.head_dim, weight)
+        shape = (c.num_layers, slots, c.num_kv_heads, capacity, c.head_dim)
+        self.cache = KVCache(shape, dtype or weight.dtype, weight.device)
         self.held: list[list[int]] = [[] for _ in range(slots)]  # ids whose KV each slot holds
         self.waiting: list[Row] = []
         self.live: list[Row] = []

@@ -1,6 +1,7 @@
 """The Sentient benchmark on a model or checkpoint, and what can be done with dialogue logs afterwards.
 
     python eval.py run MODEL_OR_RUN [config.py] key=value ...   hold the benchmark's dialogues (out=DIR says where to)
+    python eval.py export CHECKPOINT OUT                        a Hugging Face folder from any checkpoint of a run
     python eval.py score LOG... [--json]                        score, success, failure, by intention and persona
     python eval.py verify LOG...                                recompute every emotion and reward from the appraisals
     python eval.py compare LOG_A LOG_B                          paired bootstrap of the difference
@@ -14,6 +15,7 @@ import dataclasses
 import functools
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -21,9 +23,9 @@ from tqdm import tqdm
 
 from chat import Chat, load_tokenizer, make_chat, system_prompt
 from config import Config, InputError, help_text, load_config, read_saved, save_config
-from dist import checkpoints
+from dist import World, check_files, checkpoints, load_checkpoint, pick_device
 from engine import Engine
-from llm import Endpoint, Local, Record
+from llm import Endpoint, Local, Record, usage_metrics
 from logs import (
     by_profile,
     interval,
@@ -35,22 +37,20 @@ from logs import (
     summary,
     without_nan,
 )
-from model import Transformer, ValueHead, banned_ids, load_model, load_strictly, read_tensors
+from model import Transformer, ValueHead, banned_ids
 from offline import OfflineUser, user_hash
 from rollout import MAX_FAILED, Dialogue, Job, Talk, log_line, run_dialogues
 from sentient import LLMUser
 from simulator import EmotionRules, Profile, User, load_profiles
+from update import make_model
+from weights import load_model, read_json, save_adapter, save_model
 
 EVAL_STREAM = 1 << 32  # stands where a training step's number does, and is never one
 
 
-def pick_device(config: Config) -> torch.device:
-    """The device a config names. Raises InputError for cuda where there is none."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("option 'device' is cuda, but no GPU is to be seen; use device=cpu")
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+def half_on_gpu(config: Config, device: torch.device) -> torch.dtype:
+    """What a model that is only asked computes in."""
+    return torch.bfloat16 if device.type == "cuda" and config.precision != "fp32" else torch.float32
 
 
 def make_user(config: Config, start: float, mode: str) -> User:
@@ -89,7 +89,8 @@ def connect(config: Config) -> Endpoint | Local:
             config.user_json,
         )
     chat = make_chat(load_tokenizer(config.user_model), think=False)
-    model = load_model(config.user_model, config.seed).to(pick_device(config))
+    device = pick_device(config)
+    model = load_model(config.user_model, config.seed, device, lambda model: model.to(half_on_gpu(config, device)))
     banned = banned_ids(chat.tokenizer, model.config.vocab_size, (chat.end,))
     engine = Engine(model, banned, (chat.end,), config.user_concurrency, config.user_context, config.user_temperature)
     return Local(engine, chat, config.user_tokens)
@@ -97,11 +98,12 @@ def connect(config: Config) -> Endpoint | Local:
 
 def make_engine(
     config: Config, model: Transformer, chat: Chat, temperature: float, dialogues: int,
-    value_head: ValueHead | None = None,
+    value_head: ValueHead | None = None, dtype: torch.dtype | None = None,
 ) -> Engine:
     """An engine for this model with no more slots than there are dialogues."""
     banned, slots = banned_ids(chat.tokenizer, model.config.vocab_size, (chat.end,)), min(config.slots, dialogues)
-    return Engine(model, banned, (chat.end,), slots, config.context_tokens, temperature, value_head)
+    end = (chat.end,)
+    return Engine(model, banned, end, max(1, slots), config.context_tokens, temperature, value_head, dtype=dtype)
 
 
 def make_talk(config: Config, training: bool) -> Talk:
@@ -116,20 +118,23 @@ def make_talk(config: Config, training: bool) -> Talk:
 
 
 def evaluate(
-    config: Config, model: Transformer, tokenizer, profiles: list[Profile], title: str, log: Path | None = None
-) -> tuple[list[dict], dict[str, float]]:
+    config: Config, model: Transformer, tokenizer, profiles: list[Profile], title: str, log: Path | None = None,
+    world: World | None = None,
+) -> tuple[dict[tuple, dict], tuple]:
     """Hold `eval_dialogues` benchmark dialogues with each profile under each seed, with the same noise at every call.
 
-    Returns their log lines by seed and key, and what a language model as the user cost. With `log` every dialogue is
-    written there as it ends, and those that it holds already are not held again; failed ones are.
+    Returns log lines by (seed, *key), and the use of a language model as the user (`Usage.drain`); of several ranks
+    each holds its share. With `log` every dialogue is written there as it ends, and those that it holds already are
+    not held again; failed ones are.
     """
-    chat, talk = make_chat(tokenizer, config.think), make_talk(config, training=False)
+    chat, talk, world = make_chat(tokenizer, config.think), make_talk(config, training=False), world or World()
     rows = {(row["seed"], *row["key"]): row for row in held_before(log)}
-    numbers = [(i, j) for i in range(len(profiles)) for j in range(config.eval_dialogues)]
-    engine = make_engine(config, model, chat, config.eval_temperature, len(numbers))
-    total, cost = len(numbers) * config.seeds * talk.max_turns, {}
+    mine = range(world.rank, len(profiles), world.size)
+    numbers = [(i, j) for i in mine for j in range(config.eval_dialogues)]
+    engine = make_engine(config, model, chat, config.eval_temperature, len(numbers), dtype=world.dtype)
+    total, spent = len(numbers) * config.seeds * talk.max_turns, (Counter(), [])
     with tqdm(total=total, initial=len(rows) * talk.max_turns, desc=title, unit="reply", leave=False,
-              dynamic_ncols=True) as bar:
+              dynamic_ncols=True, disable=not world.main) as bar:
         for seed in range(config.eval_seed, config.eval_seed + config.seeds):
 
             def keep(dialogue: Dialogue, seed: int = seed) -> None:
@@ -147,8 +152,15 @@ def evaluate(
             engine.forget()
             run_dialogues(jobs, engine, chat, user, talk, (seed, EVAL_STREAM), bar.update, keep)
         if isinstance(user, LLMUser):
-            cost = user.client.usage.take(config.price_in, config.price_out)
-    return [rows[key] for key in sorted(rows)], cost
+            spent = user.client.usage.drain()
+    return rows, spent
+
+
+def join_evaluation(config: Config, parts: list[tuple[dict[tuple, dict], tuple]]) -> tuple[list[dict], dict]:
+    """What all ranks' `evaluate` returned, as log lines by seed and key, and metrics of the user's cost, if any."""
+    rows = {key: row for found, _ in parts for key, row in found.items()}
+    cost = usage_metrics([spent for _, spent in parts], config.price_in, config.price_out)
+    return [rows[key] for key in sorted(rows)], {} if config.user == "offline" else cost
 
 
 def held_before(log: Path | None) -> list[dict]:
@@ -178,26 +190,28 @@ def command_run(argv: list[str]) -> int:
     newest = checkpoints(run)[-1:] if run and not (run / "model").is_dir() else []
     if run and not newest and not (run / "model").is_dir():
         raise InputError(f"{run}: has neither {run / 'model'} nor a checkpoint yet; train on, or see save_every")
-    name = str(newest[0] / "policy.safetensors" if newest else run / "model" if run else source)
+    name = str(newest[0] if newest else run / "model" if run else source)
     final = newest[0].name if newest else "final"
     folder = Path(out or (run / "eval" / final if run else Path("runs") / f"eval-{Path(source).name}"))
     settings = describe(config, name)
     log = begin_evaluation(folder, settings)
     profiles = load_profiles(config.eval_profiles)
     device = pick_device(config)
+    world = World(device=device, dtype=half_on_gpu(config, device))
     if not newest:
-        tokenizer, model = load_tokenizer(config.tokenizer or name), load_model(name, config.seed)
+        tokenizer = load_tokenizer(config.tokenizer or name)
+        model = load_model(name, config.seed, device, lambda model: model.to(world.dtype))
     else:
-        tokenizer, model = load_tokenizer(config.tokenizer or config.model), load_model(config.model, config.seed)
-        load_strictly(model, read_tensors(Path(name)), name)
+        tokenizer, model = load_tokenizer(config.tokenizer or config.model), restore_policy(config, newest[0], world)
     make_user(config, config.eval_start_emotion, config.eval_user_mode)  # raises before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
     try:
-        rows, cost = evaluate(config, model.to(device), tokenizer, profiles, "benchmark", log)
+        part = evaluate(config, model, tokenizer, profiles, "benchmark", log, world)
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on from {log}", file=sys.stderr)
         return 130
+    rows, cost = join_evaluation(config, [part])
     failed = [row for row in rows if row["status"] != "ok"]
     if len(failed) > MAX_FAILED * len(rows):
         why = f"{len(failed)} of {len(rows)} users failed; the first: {failed[0]['why']}"
@@ -205,6 +219,31 @@ def command_run(argv: list[str]) -> int:
         return 1
     write_evaluation(folder, config, settings, rows, cost)
     print((folder / "result.txt").read_text(), end="")
+    return 0
+
+
+def restore_policy(config: Config, checkpoint: Path, world: World) -> Transformer:
+    """The policy of a checkpoint on this process's device, with its adapter beside it if the run had one."""
+    model = make_model(config, world)
+    load_checkpoint(checkpoint, {"policy": model})
+    return model.to(world.dtype)
+
+
+def command_export(argv: list[str]) -> int:
+    """Write a checkpoint's policy as a Hugging Face folder; of a LoRA run merged, and the adapter in OUT/adapter."""
+    if len(argv) != 2:
+        raise InputError("eval.py export wants a checkpoint folder, RUN/ckpt/step_N, and the folder to write")
+    checkpoint, out = (Path(arg) for arg in argv)
+    check_files(checkpoint)
+    config = read_saved(checkpoint.resolve().parent.parent / "config.json")
+    if out.exists():
+        raise InputError(f"{out}: exists already; give another folder or remove it")
+    model, tokenizer = restore_policy(config, checkpoint, World()), load_tokenizer(config.tokenizer or config.model)
+    dtype = getattr(torch, read_json(checkpoint / "state.json")["dtype"])
+    save_model(model, tokenizer, out, dtype=dtype)
+    if config.lora_rank:
+        save_adapter(model, config.model, config.lora_rank, config.lora_alpha, out / "adapter")
+    print(f"{checkpoint} as a Hugging Face folder in {dtype}: {out}")
     return 0
 
 
@@ -307,7 +346,10 @@ def command_compare(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"run": command_run, "score": command_score, "verify": command_verify, "compare": command_compare}
+COMMANDS = {
+    "run": command_run, "export": command_export, "score": command_score, "verify": command_verify,
+    "compare": command_compare,
+}  # fmt: skip
 
 
 def main(argv: list[str]) -> int:

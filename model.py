@@ -1,28 +1,25 @@
-"""The Transformer: Qwen2/2.5, Qwen3 and the Llama family in one class, read from and written to Hugging Face folders.
+"""The Transformer: Qwen2/2.5, Qwen3 and the Llama family in one class, with or without low-rank adapters.
 
-Module names are Hugging Face's, so loading needs no map. The model does not know who is asking: `forward` takes packed
-token ids, their positions, and an attention context, a callable `attend(layer, q, k, v) -> out`. `PackedAttention`
-below is the context for training (documents side by side); `engine.py` has the one for generation (a KV cache).
+Module names are Hugging Face's, so loading (`weights.py`) needs no map. The model does not know who is asking:
+`forward` takes packed token ids, their positions, and an attention context, a callable `attend(layer, q, k, v) -> out`.
+`PackedAttention` below is the context for training (documents side by side); `engine.py` has the one for generation.
+
+LoRA: `add_adapters` freezes the weights and puts low-rank adapters beside them, by name. Which one takes part is an
+argument of `forward`: one frozen base is the policy with "policy", the critic with "critic", the reference with none.
 
 Shape suffixes: T packed tokens, N trained tokens, D width, H query heads, G key/value heads, K head width,
 V vocabulary.
 """
 
-import json
 import math
-import os
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from config import InputError, find_folder
+from config import InputError
 
 FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 
@@ -110,32 +107,51 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight
 
 
+class Linear(nn.Linear):
+    """W x + b, and beside it any number of adapters by name: + scale * B A x (LoRA, arXiv 2106.09685, section 4.1).
+
+    A [r, in] starts random and B [out, r] at zero, so that a new adapter changes nothing. A name that has no adapter
+    here, None for example, is the layer itself.
+    """
+
+    def __init__(self, width_in: int, width_out: int, bias: bool):
+        super().__init__(width_in, width_out, bias)
+        self.lora_A, self.lora_B, self.scale = nn.ModuleDict(), nn.ModuleDict(), 1.0
+
+    def forward(self, x: Tensor, adapter: str | None = None) -> Tensor:
+        out = F.linear(x, self.weight, self.bias)
+        if adapter in self.lora_A:
+            out = out + self.scale * self.lora_B[adapter](self.lora_A[adapter](x))
+        return out
+
+
 class Attention(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.head_dim = c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.num_heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=c.output_bias)
+        self.q_proj = Linear(c.hidden_size, c.num_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = Linear(c.num_heads * c.head_dim, c.hidden_size, bias=c.output_bias)
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend) -> Tensor:
-        q, k, v = (proj(x_TD).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend, adapter: str | None) -> Tensor:
+        projected = (proj(x_TD, adapter) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
         q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
-        return self.o_proj(attend(layer, q, k, v).flatten(-2))
+        return self.o_proj(attend(layer, q, k, v).flatten(-2), adapter)
 
 
 class MLP(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: Tensor, adapter: str | None) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x, adapter)) * self.up_proj(x, adapter), adapter)
 
 
 class Block(nn.Module):
@@ -146,9 +162,9 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, layer, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend, adapter: str | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, layer, attend, adapter)
+        return x + self.mlp(self.post_attention_layernorm(x), adapter)
 
 
 class Trunk(nn.Module):
@@ -180,25 +196,31 @@ class Transformer(nn.Module):
         """The output layer's weight [V, D]."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, tokens_T: Tensor, position_T: Tensor, attend) -> Tensor:
-        """Final hidden states [T, D] of packed tokens; `attend(layer, q_THK, k_TGK, v_TGK) -> out_THK`."""
+    def forward(self, tokens_T: Tensor, position_T: Tensor, attend, adapter: str | None = "policy") -> Tensor:
+        """Final hidden states [T, D] of packed tokens; `attend(layer, q_THK, k_TGK, v_TGK) -> out_THK`.
+
+        `adapter` names the LoRA adapter that takes part, where there are any.
+        """
         x = self.model.embed_tokens(tokens_T)
         rope = rope_tables(position_T, self.config.head_dim, self.config.rope_theta)
         for index, block in enumerate(self.model.layers):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, index, attend, use_reentrant=False)
+                x = checkpoint(block, x, rope, index, attend, adapter, use_reentrant=False)
             else:
-                x = block(x, rope, index, attend)
+                x = block(x, rope, index, attend, adapter)
         return self.model.norm(x)
 
-    def init_weights(self, seed: int) -> None:
-        """Random weights (normal, Hugging Face's initializer_range), a function of the seed alone."""
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=self.config.init_std, generator=generator)
-            else:
-                nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+
+def add_adapters(model: Transformer, names: list[str], rank: int, alpha: float, targets: list[str]) -> None:
+    """Freeze the model and put new adapters, in fp32, beside the `targets` ("q_proj", ...) of every block."""
+    model.requires_grad_(False)
+    for path, layer in model.model.layers.named_modules():
+        if isinstance(layer, Linear) and path.rpartition(".")[2] in targets:
+            layer.scale = alpha / rank
+            device = layer.weight.device
+            for name in names:
+                layer.lora_A[name] = nn.Linear(layer.in_features, rank, bias=False, device=device)
+                layer.lora_B[name] = nn.Linear(rank, layer.out_features, bias=False, device=device)
 
 
 class ValueHead(nn.Module):
@@ -285,91 +307,3 @@ def banned_ids(tokenizer, vocab_size: int, stop_ids: tuple[int, ...]) -> Tensor:
     special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
     banned[[i for i in special if i < vocab_size and i not in stop_ids]] = True
     return banned
-
-
-def load_model(name: str, seed: int = 0) -> Transformer:
-    """A Transformer in fp32 from a Hugging Face folder or hub name, or with random weights from a shape file (*.json).
-
-    Loading is strict: raises InputError for missing, unknown, misshapen or damaged tensors.
-    """
-    if name.endswith(".json"):
-        model = Transformer(read_json(Path(name)), name)
-        model.init_weights(seed)
-        return model
-    folder = find_folder(name)
-    raw = read_json(folder / "config.json")
-    with torch.device("meta"):
-        model = Transformer(raw, str(folder / "config.json"))
-    index = folder / "model.safetensors.index.json"
-    shards = read_json(index).get("weight_map", {}) if index.is_file() else {"": "model.safetensors"}
-    if not shards:
-        raise InputError(f"{index}: has no weight_map; fetch the model again")
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(set(shards.values())):
-        tensors.update(read_tensors(folder / file))
-    load_strictly(model, tensors, str(folder))
-    return model
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises InputError if it is missing or damaged."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError("an object is expected")
-        return raw
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; a Hugging Face model folder is expected") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file. Raises InputError if it is missing, truncated or damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; weights are read from safetensors only") from None
-    except SafetensorError as error:
-        raise InputError(f"{path}: truncated or damaged ({error}); fetch or write it again") from None
-
-
-def load_strictly(module: nn.Module, tensors: dict[str, Tensor], where: str, assign: bool = True) -> None:
-    """Fill a module in fp32; `assign` puts the tensors in place of meta ones, otherwise values are copied in.
-
-    A tied model's lm_head and old rotary buffers are passed over. Raises InputError for any other difference.
-    """
-    expected = {name: parameter.shape for name, parameter in module.named_parameters()}
-    tensors = {n: t for n, t in tensors.items() if not n.endswith("rotary_emb.inv_freq")}
-    if "lm_head.weight" not in expected:
-        tensors.pop("lm_head.weight", None)
-    missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
-    for problem, names in (("missing", missing), ("unknown", unknown)):
-        if names:
-            example = f"{len(names)} {problem} tensors, for example {min(names)}"
-            raise InputError(f"{where}: {example}; the weights do not fit config.json")
-    for name, shape in expected.items():
-        if tensors[name].shape != shape:
-            found = tuple(tensors[name].shape)
-            raise InputError(f"{where}: tensor {name} has shape {found}, not {tuple(shape)} as config.json says")
-    module.load_state_dict({n: t.float() for n, t in tensors.items()}, assign=assign)
-    module.requires_grad_(True)
-
-
-def save_model(model: Transformer, tokenizer, folder: Path) -> None:
-    """Write a Hugging Face folder: config.json, model.safetensors, tokenizer. Written aside, then renamed."""
-    aside, old = (folder.with_name(folder.name + ending) for ending in (".partial", ".old"))
-    for left in (aside, old):  # by a kill
-        shutil.rmtree(left, ignore_errors=True)
-    aside.mkdir(parents=True)
-    raw = {**model.raw, "architectures": [FAMILIES[model.config.family]], "dtype": "float32"}
-    raw.pop("torch_dtype", None)
-    (aside / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-    weights = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
-    save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
-    tokenizer.save_pretrained(aside)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(aside, folder)
-    shutil.rmtree(old, ignore_errors=True)

@@ -222,6 +222,7 @@ class Trajectory:
     mask: list[int]  # 1 = sampled
     logp: list[float]
     value: list[float]
+    begin: int = 0  # trained tokens of the dialogue before this trajectory
 
 
 def trajectories(dialogue: Dialogue, think: bool) -> list[Trajectory]:
@@ -232,7 +233,9 @@ def trajectories(dialogue: Dialogue, think: bool) -> list[Trajectory]:
         think:     prompt S S S | prompt' S S            mask 0.. 1 1 1 | 0.. 1 1     one per turn
     """
     if think:
-        return [sequence(dialogue.key, [turn]) for turn in dialogue.turns]
+        counts = [len(turn.sampled_ids) for turn in dialogue.turns]
+        begins = [sum(counts[:i]) for i in range(len(counts))]
+        return [replace(sequence(dialogue.key, [turn]), begin=begin) for turn, begin in zip(dialogue.turns, begins)]
     return [sequence(dialogue.key, dialogue.turns)] if dialogue.turns else []
 
 
@@ -261,6 +264,7 @@ class Batch:
     value_T: Tensor  # the sampler's values
     cu_seqlens: list[int]
     keys: list[Key]  # dialogue of each trajectory
+    begins: list[int]  # trained tokens of that dialogue before each trajectory
     trained: list[int]  # trained tokens of each trajectory
 
     def to(self, device: torch.device) -> "Batch":
@@ -283,8 +287,21 @@ def pack(items: list[Trajectory]) -> Batch:
         value_T=torch.tensor([value for item in items for value in item.value], dtype=torch.float32),
         cu_seqlens=cu_seqlens,
         keys=[item.key for item in items],
+        begins=[item.begin for item in items],
         trained=[sum(item.mask) for item in items],
     )
+
+
+def balance(items: list[Trajectory], ranks: int) -> list[list[Trajectory]]:
+    """Share trajectories out over ranks so that all get about the same number of tokens; some may get none.
+
+    The longest first, each to the rank that has least; within a rank they keep their order.
+    """
+    loads, owner = [0] * ranks, {}
+    for index in sorted(range(len(items)), key=lambda i: -len(items[i].tokens)):
+        owner[index] = loads.index(min(loads))
+        loads[owner[index]] += len(items[index].tokens)
+    return [[item for index, item in enumerate(items) if owner[index] == rank] for rank in range(ranks)]
 
 
 def split(items: list[Trajectory], micro_tokens: int) -> list[list[Trajectory]]:

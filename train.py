@@ -1,17 +1,21 @@
 """Train a policy on how simulated people feel: roll out -> advantages -> update -> log, evaluate, save.
 
-    python train.py configs/demo.py                    one process
-    python train.py configs/demo.py lr=2e-5 seed=1     options changed on the command line
-    python train.py --help                             every option
+    python train.py configs/demo.py                        one process
+    python train.py configs/demo.py lr=2e-5 seed=1         options changed on the command line
+    torchrun --nproc-per-node 8 train.py configs/ppo.py    eight GPUs (docs/hardware.md: several nodes)
+    python train.py configs/ppo.py plan=8x80               what that needs of each GPU's memory, without any
+    python train.py --help                                 every option
 
 Where this departs from the textbook: (1) the batch is ragged and packed, no padding anywhere; (2) losses are sums,
 divided once by the trained tokens of the whole optimiser step; (3) GAE runs over the trained tokens of a dialogue, not
 over what the user said; (4) with one optimiser step an iteration the old log-probabilities are the training forward's
 own, so that the ratio is 1 and clipping never acts; (5) a run resumes to the bit, since all noise is a function of
-(seed, step, dialogue, turn, position).
+(seed, step, dialogue, turn, position); (6) ranks hold different groups of dialogues, then all know all of them, and
+each learns from a share of the trajectories that is equal in tokens.
 """
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -22,7 +26,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import fmean, median, pstdev
 
@@ -32,16 +36,29 @@ from tqdm import tqdm
 
 from chat import Chat, load_tokenizer, make_chat
 from config import MAY_CHANGE, Config, InputError, help_text, load_config, read_saved, save_config
-from dist import checkpoints, load_checkpoint, save_checkpoint
+from dist import (
+    SaveError,
+    World,
+    checkpoints,
+    close,
+    gathered,
+    load_checkpoint,
+    newest_sound,
+    prune,
+    refill,
+    save_checkpoint,
+    start,
+)
 from engine import Engine, hash_key
-from eval import describe, evaluate, make_engine, make_talk, make_user, pick_device, write_evaluation
+from eval import describe, evaluate, join_evaluation, make_engine, make_talk, make_user, write_evaluation
+from llm import usage_metrics
 from logs import without_nan
-from model import save_model
 from offline import user_hash
 from rollout import MAX_FAILED, Dialogue, Job, Talk, log_line, run_dialogues
 from sentient import LLMUser
 from simulator import Profile, User, load_profiles
 from update import State, build, update
+from weights import save_adapter, save_model
 
 ORDER_STREAM = 2  # keeps the order of profiles apart from other uses of the seed
 MAX_SKIPPED = 5  # non-finite steps in a row before a run gives up
@@ -92,6 +109,21 @@ class Interrupts:
             self.abandon = False
 
 
+def together(world: World, interrupts: Interrupts, work) -> list:
+    """Every rank's `work()`, on every rank. A signal that any of them has received raises Stop on them all."""
+    result = stop = None
+    try:
+        with interrupts.may_abandon():
+            result = work()
+    except Stop as signalled:
+        stop = (str(signalled), signalled.code)
+    parts = world.gather((result, stop))
+    for _, stop in parts:
+        if stop:
+            raise Stop(*stop)
+    return [result for result, _ in parts]
+
+
 def pick_profiles(profiles: list[Profile], config: Config, step: int) -> list[Profile]:
     """The step's profiles: consecutive pieces of one shuffle after another, a function of (seed, step)."""
     chosen = []
@@ -102,8 +134,13 @@ def pick_profiles(profiles: list[Profile], config: Config, step: int) -> list[Pr
     return chosen
 
 
-def rollout_metrics(dialogues: list[Dialogue], seconds: float, engine_tokens: tuple[int, int]) -> dict[str, float]:
-    """What is known of a step before anything is learnt from it. `engine_tokens`: sampled, prefilled."""
+def rollout_metrics(
+    dialogues: list[Dialogue], seconds: float, wait: float, engine_tokens: tuple[int, int]
+) -> dict[str, float]:
+    """What is known of a step before anything is learnt from it. `engine_tokens`: sampled, prefilled.
+
+    `wait`: seconds that the first rank to end its dialogues waited for the last.
+    """
     good = [dialogue for dialogue in dialogues if dialogue.completed]
     turns = [turn for dialogue in dialogues for turn in dialogue.turns]
     rewards = [dialogue.reward for dialogue in good]
@@ -119,6 +156,7 @@ def rollout_metrics(dialogues: list[Dialogue], seconds: float, engine_tokens: tu
         "rollout/reply_cut": fmean(turn.stop != "eos" for turn in turns) if turns else 0.0,
         "simulator/failed": len(dialogues) - len(good),
         "simulator/calls": sum(turn.user is not None for turn in turns) + sum(d.opening is not None for d in dialogues),
+        "rollout/wait": wait,
         "time/rollout": seconds,
     }
     for reason, count in Counter(dialogue.ended for dialogue in dialogues).items():
@@ -127,29 +165,48 @@ def rollout_metrics(dialogues: list[Dialogue], seconds: float, engine_tokens: tu
 
 
 def roll_out(
-    state: State, config: Config, profiles: list[Profile], engine: Engine, chat: Chat, user: User, talk: Talk
+    state: State, config: Config, profiles: list[Profile], engine: Engine, chat: Chat, user: User, talk: Talk,
+    world: World, interrupts: Interrupts,
 ) -> tuple[list[Dialogue], dict[str, float]]:
-    """The step's dialogues and their metrics; without dialogues where logits were not finite.
+    """The step's dialogues, of all ranks, and their metrics; without dialogues where logits were not finite.
 
-    Raises Stop where too many users failed twice (rule: redo once, then end the run). Metrics are of the last try.
+    Whole groups go to one rank. Raises Stop where too many users failed twice (rule: redo once, then end the run), or a
+    signal came. Metrics are of the last try.
     """
     chosen, seed, title = pick_profiles(profiles, config, state.step), (config.seed, state.step), state.step + 1
-    jobs = [Job((group, member), who) for group, who in enumerate(chosen) for member in range(config.group_size)]
-    for attempt in range(2):
+    own = [(group, who) for group, who in enumerate(chosen) if group % world.size == world.rank]
+    jobs = [Job((group, member), who) for group, who in own for member in range(config.group_size)]
+
+    def hold() -> tuple[list[Dialogue], str, int, int, float]:
         engine.forget()
         begun, engine.tokens_sampled, engine.tokens_prefilled = time.perf_counter(), 0, 0
-        replies = len(jobs) * talk.max_turns
-        with tqdm(total=replies, desc=f"rollout {title}", unit="reply", leave=False, dynamic_ncols=True) as bar:
+        dialogues, error = [], ""
+        with tqdm(total=len(jobs) * talk.max_turns, desc=f"rollout {title}", unit="reply", leave=False,
+                  dynamic_ncols=True, disable=not world.main) as bar:
             try:
                 dialogues = run_dialogues(jobs, engine, chat, user, talk, seed, bar.update)
-            except FloatingPointError as error:
-                tqdm.write(f"step {title}: {error}")
-                dialogues = []
-        seconds, failed = time.perf_counter() - begun, [dialogue for dialogue in dialogues if not dialogue.completed]
+            except FloatingPointError as problem:
+                error = str(problem)
+        return dialogues, error, engine.tokens_sampled, engine.tokens_prefilled, time.perf_counter() - begun
+
+    for attempt in range(2):
+        begun = time.perf_counter()
+        if state.sampler:
+            refill(state.sampler, state.policy)
+        with gathered(engine.model, world):
+            parts = together(world, interrupts, hold)
+        found, errors, sampled, prefilled, times = zip(*parts)
+        error = next((problem for problem in errors if problem), "")
+        if error and world.main:
+            tqdm.write(f"step {title}: {error}")
+        dialogues = [] if error else sorted((d for part in found for d in part), key=lambda dialogue: dialogue.key)
+        seconds, wait = time.perf_counter() - begun, max(times) - min(times)
+        failed = [dialogue for dialogue in dialogues if not dialogue.completed]
         if len(failed) <= MAX_FAILED * len(dialogues):
-            return dialogues, rollout_metrics(dialogues, seconds, (engine.tokens_sampled, engine.tokens_prefilled))
+            return dialogues, rollout_metrics(dialogues, seconds, wait, (sum(sampled), sum(prefilled)))
         share = f"{len(failed)} of {len(dialogues)} users failed"
-        tqdm.write(f"step {title}: {share} ({failed[0].why}); {'giving up' if attempt else 'once more'}")
+        if world.main:
+            tqdm.write(f"step {title}: {share} ({failed[0].why}); {'giving up' if attempt else 'once more'}")
     raise Stop(f"{share}, twice; the first said: {failed[0].why}", 1)
 
 
@@ -172,11 +229,13 @@ def open_run(config: Config) -> Path:
     return run
 
 
-def write_environment(run: Path) -> None:
+def write_environment(run: Path, world: World) -> None:
     """env.txt: what this ran on."""
     command, here = ["git", "describe", "--always", "--dirty"], Path(__file__).parent
     commit = subprocess.run(command, capture_output=True, text=True, cwd=here).stdout.strip()
     lines = [f"python {platform.python_version()}", f"torch {torch.__version__}", f"platform {platform.platform()}"]
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
+    lines += [f"ranks {world.size}", f"device {device}", f"compute {world.dtype}"]
     lines += [f"threads {torch.get_num_threads()}", f"commit {commit or 'unknown'}", f"user {user_hash()}"]
     (run / "env.txt").write_text("\n".join(lines) + "\n")
 
@@ -203,20 +262,23 @@ def append(path: Path, rows: list[dict]) -> None:
         file.writelines(json.dumps(without_nan(row), ensure_ascii=False) + "\n" for row in rows)
 
 
-def resume(config: Config, run: Path, state: State) -> bool:
+def resume(config: Config, run: Path, state: State, world: World) -> bool:
     """Put the state at the checkpoint that `resume` names, if any; returns whether there was one."""
-    folders = {"auto": checkpoints(run)[-1:], "none": []}.get(config.resume, [Path(config.resume)])
-    for folder in folders:
+    folder = None if config.resume == "none" else Path(config.resume)
+    if config.resume == "auto":
+        folder = newest_sound(run, world)
+    if folder:
         state.step = load_checkpoint(folder, state.modules, state.optimisers)
-        print(f"resuming from {folder}")
-    return bool(folders)
+        if world.main:
+            print(f"resuming from {folder}")
+    return folder is not None
 
 
-def prepare_run(config: Config, run: Path, talk: Talk, step: int) -> None:
+def prepare_run(config: Config, run: Path, talk: Talk, step: int, world: World) -> None:
     """Write down what the run is, and drop whatever in its directory lies behind `step`."""
     run.mkdir(parents=True, exist_ok=True)
     save_config(config, run / "config.json")
-    write_environment(run)
+    write_environment(run, world)
     systems = json.dumps(talk.systems, ensure_ascii=False, indent=1)
     (run / "system_prompts.json").write_text(systems + "\n", encoding="utf-8")
     for name in ("metrics.jsonl", "dialogues.jsonl"):
@@ -229,7 +291,7 @@ def prepare_run(config: Config, run: Path, talk: Talk, step: int) -> None:
 
 
 def evaluate_step(
-    config: Config, run: Path, state: State, tokenizer, tests: list[Profile], board: SummaryWriter,
+    config: Config, run: Path, state: State, tokenizer, tests: list[Profile], board: SummaryWriter | None, world: World,
     interrupts: Interrupts,
 ) -> None:
     """The evaluation that is due after this step, added to its metrics; none if it stands there already.
@@ -237,20 +299,37 @@ def evaluate_step(
     A run that was stopped during its evaluation begins with it when it is resumed.
     """
     path, step = run / "metrics.jsonl", state.step
+    if not config.eval_every or not step or step % config.eval_every:
+        return
     lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
     row = json.loads(lines[-1]) if lines else {"step": 0}
-    due = config.eval_every and step and step % config.eval_every == 0
-    if not due or row["step"] != step or "eval/score" in row:
+    if row["step"] != step or "eval/score" in row:
         return
     record = Path(config.record_file or run / "record.jsonl")  # all evaluations have the same seeds: a file for each
     record = record.with_name(f"{record.stem}.eval_{step}{record.suffix}")
-    with interrupts.may_abandon():
-        heard = dataclasses.replace(config, record_file=str(record))
-        rows, cost = evaluate(heard, state.policy, tokenizer, tests, f"evaluation {step}")
-    result = write_evaluation(run / "eval" / f"step_{step}", config, describe(config, f"{run} step {step}"), rows, cost)
-    scores = {f"eval/{key}": result[key] for key in ("score", "success", "failure")}
-    write_lines(path, [*lines[:-1], json.dumps(without_nan(row | scores)).encode()])
-    write_scalars(board, scores, step)
+    heard, sampler = dataclasses.replace(config, record_file=str(record)), state.sampler or state.policy
+    if state.sampler:
+        refill(state.sampler, state.policy)
+    with gathered(sampler, world):
+        parts = together(
+            world, interrupts, lambda: evaluate(heard, sampler, tokenizer, tests, f"evaluation {step}", world=world)
+        )
+    if world.main:
+        rows, cost = join_evaluation(config, parts)
+        about = describe(config, f"{run} step {step}")
+        result = write_evaluation(run / "eval" / f"step_{step}", config, about, rows, cost)
+        scores = {f"eval/{key}": result[key] for key in ("score", "success", "failure")}
+        write_lines(path, [*lines[:-1], json.dumps(without_nan(row | scores)).encode()])
+        write_scalars(board, scores, step)
+    world.barrier()
+
+
+def best_step(run: Path) -> int | None:
+    """The step whose evaluation had the highest score, the first of equals; None without any."""
+    path = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.is_file() else []
+    scored = [row for row in rows if row.get("eval/score") is not None]
+    return max(scored, key=lambda row: row["eval/score"])["step"] if scored else None
 
 
 def write_scalars(board: SummaryWriter, metrics: dict[str, float], step: int) -> None:
@@ -275,63 +354,107 @@ def write_usage(run: Path) -> None:
     print(f"the user's model: {spent}; more in {run / 'usage.json'}")
 
 
+def describe_world(config: Config, state: State, world: World) -> str:
+    """One line on how the run is spread out, and what whole weights cost in memory."""
+    count = sum(p.numel() for p in state.policy.parameters())
+    size = count * world.dtype.itemsize / 1e9
+    where = f"a replica of {size:.2f} GB" if state.sampler else f"{size:.2f} GB of gathered weights during rollouts"
+    trained = sum(p.numel() for o in state.optimisers for group in o.param_groups for p in group["params"])
+    return (f"{world.size} ranks, one copy of the weights on each {config.shard or world.size}, {world.dtype}; "
+            f"{trained / 1e6:,.1f} M trained parameters; generation={config.generation}: {where}, on each rank")
+
+
+def log_step(
+    run: Path, step: int, dialogues: list[Dialogue], metrics: dict[str, float], board: SummaryWriter, bar: tqdm
+) -> None:
+    """What a step was, into the run's files and onto the screen."""
+    append(run / "dialogues.jsonl", [log_line(dialogue, step=step) for dialogue in dialogues])
+    append(run / "metrics.jsonl", [{"step": step, **metrics}])
+    write_scalars(board, metrics, step)
+    if metrics["skipped"]:
+        why = "numbers that are not finite, or nothing to learn from"
+        tqdm.write(f"ALARM step {step}: {why}; the weights were left as they are")
+    bar.update()
+    bar.set_postfix_str(f"emotion {metrics['emotion/final']:.1f}, {metrics['time/step']:.0f} s")
+
+
 def train(config: Config, user: User | None = None) -> Path:
     """The whole run; `user` replaces the configured one (tests). Returns the folder of the trained model."""
-    run, device = open_run(config), pick_device(config)
+    run, world = open_run(config), start(config)
+    if world.size > 1 and config.record == "record":
+        raise InputError("option 'record' is record, which one process alone can do; use record=off on several ranks")
     profiles, tests = load_profiles(config.profiles), load_profiles(config.eval_profiles) if config.eval_every else []
     chat = make_chat(load_tokenizer(config.tokenizer or config.model), config.think)
-    talk, state = make_talk(config, training=True), build(config, device)
-    resumed, model = resume(config, run, state), run / "model"
+    talk, state = make_talk(config, training=True), build(config, world)
+    resumed, model = resume(config, run, state, world), run / "model"
     if state.step >= config.steps and model.is_dir():
-        print(f"{run} is finished: {state.step} steps. The model lies in {model}; steps={state.step + 100} trains on")
+        if world.main:
+            more = f"steps={state.step + 100} trains on"
+            print(f"{run} is finished: {state.step} steps. The model lies in {model}; {more}")
         return model
     user = user or make_user(config, config.start_emotion, config.user_mode)
-    prepare_run(config, run, talk, state.step)
-    count, head = config.groups * config.group_size, None if state.critic else state.value_head
-    engine = make_engine(config, state.policy, chat, config.temperature, count, head)
-    board = SummaryWriter(run / "tb", purge_step=state.step + 1)
+    world.barrier()  # all have looked at the run before one of them writes in it
+    if world.main:
+        prepare_run(config, run, talk, state.step, world)
+    board = SummaryWriter(run / "tb", purge_step=state.step + 1) if world.main else None
+    if world.main and world.mesh is not None:
+        print(describe_world(config, state, world))
+    world.barrier()
+    count, head = -(-config.groups // world.size) * config.group_size, None if state.critic else state.value_head
+    engine = make_engine(config, state.sampler or state.policy, chat, config.temperature, count, head, world.dtype)
     saved, skipped = state.step if resumed else -1, 0
-    bar = tqdm(total=config.steps, initial=state.step, desc=config.algorithm, unit="step", dynamic_ncols=True)
-    with Interrupts() as interrupts, board, bar:
+
+    def save() -> int:
+        save_checkpoint(run, state.step, state.modules, state.optimisers, world)
+        if world.main:
+            prune(run, config.keep, best_step(run))
+        world.barrier()
+        return state.step
+
+    bar = tqdm(total=config.steps, initial=state.step, desc=config.algorithm, unit="step", dynamic_ncols=True,
+               disable=not world.main)
+    with Interrupts() as interrupts, board or nullcontext(), bar:
         try:
             while True:
-                evaluate_step(config, run, state, chat.tokenizer, tests, board, interrupts)
+                evaluate_step(config, run, state, chat.tokenizer, tests, board, world, interrupts)
+                if saved != state.step and best_step(run) == state.step:
+                    saved = save()
                 if state.step >= config.steps:
                     break
                 begun = time.perf_counter()
-                with interrupts.may_abandon():
-                    dialogues, metrics = roll_out(state, config, profiles, engine, chat, user, talk)
+                dialogues, metrics = roll_out(
+                    state, config, profiles, engine, chat, user, talk, world, interrupts
+                )
                 rolled = time.perf_counter()
                 if isinstance(user, LLMUser):
-                    metrics |= user.client.usage.take(config.price_in, config.price_out)
-                metrics |= update(state, config, dialogues, engine.banned)
+                    spent = world.gather(user.client.usage.drain())
+                    metrics |= usage_metrics(spent, config.price_in, config.price_out)
+                metrics |= update(state, config, dialogues, engine.banned, world)
                 for name in (*LEARNT, *LEARNT_BY[config.algorithm], "rollout/sampler_gap"):
                     metrics.setdefault(name, math.nan)  # every line has every key, though nothing was learnt
                 state.step += 1
                 metrics |= {"time/update": time.perf_counter() - rolled, "time/step": time.perf_counter() - begun}
                 skipped = skipped + 1 if metrics["skipped"] else 0
-                if skipped:
-                    why = "numbers that are not finite, or nothing to learn from"
-                    tqdm.write(f"ALARM step {state.step}: {why}; the weights were left as they are")
-                append(run / "dialogues.jsonl", [log_line(dialogue, step=state.step) for dialogue in dialogues])
-                append(run / "metrics.jsonl", [{"step": state.step, **metrics}])
-                write_scalars(board, metrics, state.step)
-                bar.update()
-                bar.set_postfix_str(f"emotion {metrics['emotion/final']:.1f}, {metrics['time/step']:.0f} s")
+                if world.main:
+                    log_step(run, state.step, dialogues, metrics, board, bar)
+                world.barrier()  # what the others read of the run is written
                 if state.step == config.steps or (config.save_every and state.step % config.save_every == 0):
-                    save_checkpoint(run, state.step, state.modules, state.optimisers, config.keep)
-                    saved = state.step
+                    saved = save()
                 if skipped >= MAX_SKIPPED:
                     look = f"lower lr, or look at {run / 'metrics.jsonl'}"
                     raise Stop(f"{skipped} steps in a row could not be learnt from; {look}", 1)
-                interrupts.check()
         except Stop:
             if saved != state.step:
-                save_checkpoint(run, state.step, state.modules, state.optimisers, config.keep)
+                save()
             raise
-        save_model(state.policy, chat.tokenizer, model)
-        if isinstance(user, LLMUser):
+        save_model(state.policy, chat.tokenizer, model, world.main, world.dtype)
+        if config.lora_rank:
+            save_adapter(
+                state.policy, config.model, config.lora_rank, config.lora_alpha, run / "adapter", world.main
+            )
+        if isinstance(user, LLMUser) and world.main:
             write_usage(run)
+        world.barrier()
         interrupts.check()
     return model
 
@@ -340,18 +463,33 @@ def main(argv: list[str]) -> int:
     if "-h" in argv or "--help" in argv:
         print(help_text("python train.py [configs/NAME.py] key=value ..."))
         return 0
-    config = load_config(argv)
+    config, main_rank = load_config(argv), int(os.environ.get("RANK", 0)) == 0
     try:
-        print(f"trained model: {train(config)}")
+        model = train(config)
+        if main_rank:
+            print(f"trained model: {model}")
         return 0
     except Stop as stop:
-        print(f"{stop}. Saved in {config.run}/ckpt; go on with: python train.py {' '.join(argv)}", file=sys.stderr)
-        return stop.code
+        said, code = f"{stop}. Saved in {config.run}/ckpt; go on", stop.code
+    except SaveError as error:
+        said, code = f"{error}. Make room, then go on", 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        last = checkpoints(Path(config.run))[-1:]
+        good = f"the last good checkpoint is {last[0]}" if last else "there is no checkpoint yet"
+        said, code = f"{config.run}: {error.strerror}; {good}. Make room, then go on", 1
+    finally:
+        close()
+    if main_rank:
+        print(f"{said} with: python train.py {' '.join(argv)}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except InputError as error:
-        print(error, file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(error, file=sys.stderr)
         sys.exit(2)

@@ -3,6 +3,9 @@
 `update` is the way through this file: trajectories -> micro-batches (`Piece`) -> `prepare` (old values, advantages) ->
 `learn` (one optimiser step). Where the two algorithms differ there is one visible branch. The formulas are in `ppo.py`
 and `grpo.py`; here is what joins them to models, packing and dialogues.
+
+Every rank knows all dialogues and computes on its share of their trajectories. So all of them make the same decisions
+without asking, and only vectors over trained tokens (values, log-probabilities) are exchanged.
 """
 
 import math
@@ -12,61 +15,95 @@ from statistics import fmean
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import grpo
 import ppo
 from config import Config
+from dist import World, clip_gradients, make_replica, shard
 from engine import hash_key
-from model import PackedAttention, Transformer, ValueHead, load_model, predictors, token_logprobs
-from rollout import Batch, Dialogue, pack, split, token_rewards, trajectories
+from model import PackedAttention, Transformer, ValueHead, add_adapters, predictors, token_logprobs
+from rollout import Batch, Dialogue, Trajectory, balance, pack, split, token_rewards, trajectories
 from simulator import Key
+from weights import load_model
 
 
 @dataclass
 class State:
-    """What training changes. `critic` is a trunk of its own or None; either kind of critic ends in `value_head`."""
+    """What training changes. `critic` is a trunk of its own or None; either kind of critic ends in `value_head`.
+
+    Under LoRA one model is policy, critic and reference, each with another adapter. `sampler` is the policy's replica
+    where rollouts have one.
+    """
 
     policy: Transformer
     critic: Transformer | None
     value_head: ValueHead | None
     reference: Transformer | None
     optimisers: list[torch.optim.Optimizer]
+    sampler: Transformer | None = None
     step: int = 0
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """What a checkpoint holds, by file name."""
-        named = {"policy": self.policy, "critic": self.critic, "value_head": self.value_head}
+        """What a checkpoint holds, by name."""
+        critic = None if self.critic is self.policy else self.critic
+        named = {"policy": self.policy, "critic": critic, "value_head": self.value_head}
         return {key: module for key, module in named.items() if module is not None}
 
 
-def build(config: Config, device: torch.device) -> State:
+def make_model(config: Config, world: World, critic: bool = False, frozen: bool = False) -> Transformer:
+    """A model of the run, sharded over the ranks: the policy, or the trunk of a critic, or a frozen reference."""
+
+    def prepare(model: Transformer) -> None:
+        model.checkpointing = config.checkpointing
+        if critic:
+            model.lm_head = None
+        if config.lora_rank:
+            names = ["policy", "critic"] if config.algorithm == "ppo" and config.critic == "trunk" else ["policy"]
+            model.to(world.dtype)  # frozen: nothing is summed into it
+            add_adapters(model, names, config.lora_rank, config.lora_alpha, config.lora_targets.split(","))
+        if frozen:
+            model.requires_grad_(False)
+        shard(model, world)
+
+    return load_model(config.model, config.seed, world.device, prepare)
+
+
+def build(config: Config, world: World) -> State:
     """Models and optimisers at step 0. The critic starts from the policy's weights."""
-    policy = load_model(config.model, config.seed).to(device)
-    policy.checkpointing = config.checkpointing
+    policy = make_model(config, world)
     critic = head = reference = None
     if config.algorithm == "ppo":
-        head = ValueHead(policy.config.hidden_size, config.start_emotion / 100).to(device)
+        head = ValueHead(policy.config.hidden_size, config.start_emotion / 100).to(world.device)
         if config.critic == "trunk":
-            critic = load_model(config.model, config.seed).to(device)
-            critic.lm_head, critic.checkpointing = None, config.checkpointing
+            critic = policy if config.lora_rank else make_model(config, world, critic=True)
     if config.kl_coef:
-        reference = load_model(config.model, config.seed).to(device).requires_grad_(False)
-    own, extra = groups(policy, config.lr, config.warmup, config.weight_decay), []
-    for module in (head, critic):
-        extra += groups(module, config.critic_lr, config.critic_warmup, config.weight_decay) if module else []
+        reference = policy if config.lora_rank else make_model(config, world, frozen=True)
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    values = [p for name, p in trained.items() if ".critic." in name]  # the critic's adapter
+    values += [*(head.parameters() if head else []), *(critic.parameters() if critic and critic is not policy else [])]
+    own = groups([p for name, p in trained.items() if ".critic." not in name], config.lr, config.warmup, config)
+    extra = groups(values, config.critic_lr, config.critic_warmup, config)
     sets = [own, extra] if critic else [own + extra]
     optimisers = [torch.optim.AdamW(chosen, betas=(0.9, 0.95), fused=True) for chosen in sets]
-    return State(policy, critic, head, reference, optimisers)
+    state = State(policy, critic, head, reference, optimisers)
+    if world.mesh is not None and config.generation == "replica":
+        state.sampler = make_replica(policy, world)
+    return state
 
 
-def groups(module: nn.Module, lr: float, warmup: int, weight_decay: float) -> list[dict]:
-    """AdamW's parameter groups: weight decay on matrices only. `warmup` steps scale `base_lr` up to its full value."""
-    matrices = [p for p in module.parameters() if p.dim() >= 2]
-    others = [p for p in module.parameters() if p.dim() < 2]
-    kinds = ((matrices, weight_decay), (others, 0.0))
+def groups(parameters: list[nn.Parameter], lr: float, warmup: int, config: Config) -> list[dict]:
+    """AdamW's parameter groups: weight decay on matrices only. `warmup` steps scale `base_lr` up to its full value.
+
+    Sharded and replicated parameters never share a group: AdamW cannot treat them in one call.
+    """
+    kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for p in parameters:
+        kinds.setdefault((p.dim() >= 2, isinstance(p, DTensor)), []).append(p)
     shared = {"lr": lr, "base_lr": lr, "warmup": warmup}
-    return [{"params": chosen, "weight_decay": decay, **shared} for chosen, decay in kinds if chosen]
+    decay = {True: config.weight_decay, False: 0.0}
+    return [{"params": chosen, "weight_decay": decay[matrix], **shared} for (matrix, _), chosen in kinds.items()]
 
 
 def set_learning_rates(state: State, config: Config) -> None:
@@ -78,33 +115,32 @@ def set_learning_rates(state: State, config: Config) -> None:
 
 
 def forward(
-    state: State, config: Config, batch: Batch, banned: Tensor, model: Transformer | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Log-probability, entropy and value (None without a critic) of the batch's N trained tokens, each [N].
+    model: Transformer, config: Config, batch: Batch, banned: Tensor, adapter: str | None = "policy"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities and entropies [N] of the batch's N trained tokens, and the hidden states [N, D] they came from.
 
-    The value of token t is that of the state before t: it comes from the same hidden state as t's log-probability.
+    The hidden state that predicts token t is that of the state before t, hence also where t's value is read.
     """
-    policy = model or state.policy
-    attend = PackedAttention(batch.cu_seqlens, batch.tokens_T.device)
     where_N = predictors(batch.mask_T)
-    hidden_ND = policy(batch.tokens_T, batch.position_T, attend)[where_N]
+    attend = PackedAttention(batch.cu_seqlens, batch.tokens_T.device)
+    hidden_ND = model(batch.tokens_T, batch.position_T, attend, adapter)[where_N]
     target_N = batch.tokens_T[where_N + 1]
-    logp_N, entropy_N = token_logprobs(hidden_ND, policy.output_weight, target_N, banned, config.temperature)
-    if model or not state.value_head:
-        return logp_N, entropy_N, None
-    return logp_N, entropy_N, state.value_head(hidden_ND) if not state.critic else values(state, batch)
+    return *token_logprobs(hidden_ND, model.output_weight, target_N, banned, config.temperature), hidden_ND
 
 
 def values(state: State, batch: Batch) -> Tensor:
     """The critic's values [N] of the batch's trained tokens, without the policy's log-probabilities."""
-    trunk = state.critic or state.policy
+    trunk, adapter = (state.critic, "critic") if state.critic else (state.policy, "policy")
     attend = PackedAttention(batch.cu_seqlens, batch.tokens_T.device)
-    return state.value_head(trunk(batch.tokens_T, batch.position_T, attend)[predictors(batch.mask_T)])
+    return state.value_head(trunk(batch.tokens_T, batch.position_T, attend, adapter)[predictors(batch.mask_T)])
 
 
 @dataclass
 class Piece:
-    """A micro-batch and what the loss needs beside it, all [N]. `old_logp` is None where the forward's own serves."""
+    """A micro-batch and what the loss needs beside it, all [N]. `old_logp` is None where the forward's own serves.
+
+    A piece of weight 0 keeps a rank in step with the others, whose collectives it must share; it changes nothing.
+    """
 
     batch: Batch
     advantage: Tensor | None = None
@@ -112,109 +148,130 @@ class Piece:
     old_value: Tensor | None = None
     old_logp: Tensor | None = None
     reference_logp: Tensor | None = None
+    weight: float = 1.0
+
+
+def make_pieces(items: list[Trajectory], config: Config, world: World, banned: Tensor) -> list[Piece]:
+    """This rank's micro-batches of trajectories that are shared out by length; as many as any other rank has."""
+    cuts = [split(share, config.micro_tokens) for share in balance(items, world.size)]
+    pieces = [Piece(pack(part).to(banned.device)) for part in cuts[world.rank]]
+    free = int((~banned).long().argmax())  # any token with a probability
+    nothing = Trajectory((-1, -1), [free, free], [0, 1], [0.0, 0.0], [0.0, 0.0])
+    for _ in range(max(len(cut) for cut in cuts) - len(pieces)):
+        zeros = torch.zeros(1, device=banned.device)
+        pieces.append(Piece(pack([nothing]).to(banned.device), zeros, zeros, weight=0.0))
+    return pieces
 
 
 @torch.no_grad()
 def prepare(
     state: State, config: Config, pieces: list[Piece], rewards: dict[Key, Tensor], banned: Tensor,
-    turns: dict[Key, list[int]] | None = None,
+    spans: dict[Key, list[int]], world: World,
 ) -> dict[str, float]:
     """Fill the pieces: old values and log-probabilities, then advantages and returns. Returns the metrics of that.
 
-    `rewards` has a vector per dialogue, over its trained tokens. Everything is joined by dialogue: the trained tokens
-    of all its trajectories, in order, are one vector.
+    `rewards` has a vector per dialogue, over its trained tokens; `spans` the number of trained tokens in each part of
+    it that GRPO gives one advantage. Everything is joined by dialogue, whatever ranks its trajectories lie on.
     """
     several = config.minibatches * config.epochs > 1
     for piece in pieces:
         if config.kl_coef:
-            piece.reference_logp = forward(state, config, piece.batch, banned, state.reference)[0]
+            piece.reference_logp = forward(state.reference, config, piece.batch, banned, None)[0]
         if several or (config.kl_coef and config.kl == "reward"):
-            piece.old_logp = forward(state, config, piece.batch, banned, state.policy)[0]
+            piece.old_logp = forward(state.policy, config, piece.batch, banned)[0]
         if state.critic:
             piece.old_value = values(state, piece.batch)
         elif state.value_head:  # a baseline need only be a function of the state: the sampler's serves, and is free
             piece.old_value = piece.batch.value_T[piece.batch.mask_T]
-    penalty = {}  # k1 per trained token of a dialogue, times its coefficient
-    if config.kl_coef and config.kl == "reward":
-        penalty = by_dialogue(pieces, [config.kl_coef * (piece.old_logp - piece.reference_logp) for piece in pieces])
-    metrics = {}
+    if config.kl_coef and config.kl == "reward":  # k1 per trained token
+        k1 = by_dialogue(pieces, [piece.old_logp - piece.reference_logp for piece in pieces], world)
+        rewards = {key: reward_N - config.kl_coef * k1[key] for key, reward_N in rewards.items()}
     if config.algorithm == "grpo":
-        spans = turns or {key: [len(reward_N)] for key, reward_N in rewards.items()}
-        to_go = {}
-        for key, lengths in spans.items():
-            reward_N = rewards[key] - penalty[key].cpu() if penalty else rewards[key]
-            to_go[key] = [float(reward_N[sum(lengths[:i]) :].sum()) for i in range(len(lengths))]
-        found, metrics["group/zero_spread"] = grpo.turn_advantages(to_go, config.scale_advantage)
-        scatter(pieces, {k: torch.tensor(found[k]).repeat_interleave(torch.tensor(spans[k])) for k in found}, "advantage")
-        return metrics
-    value = by_dialogue(pieces, [piece.old_value for piece in pieces])
-    advantage, returns = {}, {}
-    for key, value_N in value.items():
-        reward_N = rewards[key] - penalty[key].cpu() if penalty else rewards[key]
-        advantage[key], returns[key] = ppo.gae(reward_N, value_N.cpu(), config.gamma, config.lam)
+        to_go = {key: [float(part.sum()) for part in ends(rewards[key], lengths)] for key, lengths in spans.items()}
+        found, flat = grpo.turn_advantages(to_go, config.scale_advantage)
+        spread = {key: torch.tensor(found[key]).repeat_interleave(torch.tensor(spans[key])) for key in found}
+        scatter(pieces, spread, "advantage")
+        return {"group/zero_spread": flat}
+    value = by_dialogue(pieces, [piece.old_value for piece in pieces], world)
+    keys, advantage, returns = sorted(value), {}, {}
+    for key in keys:
+        advantage[key], returns[key] = ppo.gae(rewards[key], value[key], config.gamma, config.lam)
     if config.scale_advantage:
-        keys = sorted(advantage)
         white = ppo.whiten(torch.cat([advantage[key] for key in keys])).split([len(advantage[key]) for key in keys])
         advantage = dict(zip(keys, white))
     scatter(pieces, advantage, "advantage")
     scatter(pieces, returns, "returns")
-    everything = torch.cat([piece.old_value for piece in pieces]), torch.cat([piece.returns for piece in pieces])
+    everything = [torch.cat([vectors[key] for key in keys]) for vectors in (value, returns)]
     return {"value/explained_variance": ppo.explained_variance(*everything), "value/mean": float(everything[0].mean())}
 
 
-def by_dialogue(pieces: list[Piece], vectors: list[Tensor]) -> dict[Key, Tensor]:
-    """Vectors over the pieces' trained tokens, regrouped: key -> all trained tokens of that dialogue in order."""
-    parts: dict[Key, list[Tensor]] = {}
+def ends(vector_N: Tensor, lengths: list[int]) -> list[Tensor]:
+    """What is left of a vector from the beginning of each of its parts on."""
+    return [vector_N[sum(lengths[:i]) :] for i in range(len(lengths))]
+
+
+def by_dialogue(pieces: list[Piece], vectors: list[Tensor], world: World) -> dict[Key, Tensor]:
+    """Vectors over the trained tokens of all ranks' pieces, regrouped: key -> those of that dialogue in order."""
+    mine: dict[tuple[Key, int], list[float]] = {}
     for piece, vector_N in zip(pieces, vectors):
-        for key, part in zip(piece.batch.keys, vector_N.split(piece.batch.trained)):
-            parts.setdefault(key, []).append(part)
-    return {key: torch.cat(found) for key, found in parts.items()}
+        if piece.weight:
+            parts = vector_N.cpu().split(piece.batch.trained)
+            mine |= {where: part.tolist() for where, part in zip(zip(piece.batch.keys, piece.batch.begins), parts)}
+    everyone = {where: part for found in world.gather(mine) for where, part in found.items()}
+    joined: dict[Key, list[float]] = {}
+    for key, begin in sorted(everyone):
+        joined.setdefault(key, []).extend(everyone[key, begin])
+    return {key: torch.tensor(whole) for key, whole in joined.items()}
 
 
 def scatter(pieces: list[Piece], vectors: dict[Key, Tensor], name: str) -> None:
-    """The way back from `by_dialogue`: set attribute `name` of each piece."""
-    used = Counter()
+    """The way back from `by_dialogue`: set attribute `name` of each of this rank's pieces."""
     for piece in pieces:
-        parts = []
-        for key, count in zip(piece.batch.keys, piece.batch.trained):
-            parts.append(vectors[key][used[key] : used[key] + count])
-            used[key] += count
-        setattr(piece, name, torch.cat(parts).to(piece.batch.tokens_T.device))
+        if piece.weight:
+            b = piece.batch
+            parts = [vectors[key][begin : begin + n] for key, begin, n in zip(b.keys, b.begins, b.trained)]
+            setattr(piece, name, torch.cat(parts).to(b.tokens_T.device))
 
 
-def learn(state: State, config: Config, pieces: list[Piece], banned: Tensor) -> dict[str, float]:
-    """One optimiser step on these pieces; sums over trained tokens divided once by their number.
+def learn(state: State, config: Config, pieces: list[Piece], banned: Tensor, world: World) -> dict[str, float]:
+    """One optimiser step on the pieces of all ranks; sums over trained tokens divided once by the number of them all.
 
     Returns metrics. Gradients that are not finite leave the weights as they are and count as "skipped".
     """
-    total = sum(len(piece.advantage) for piece in pieces)
+    total = sum(world.gather(sum(len(piece.advantage) for piece in pieces if piece.weight)))
+    share = world.size / total  # FSDP averages gradients over ranks
     sums: Counter = Counter()
     for piece in pieces:
-        logp, entropy, value = forward(state, config, piece.batch, banned)
+        logp, entropy, hidden = forward(state.policy, config, piece.batch, banned)
         old = logp.detach() if piece.old_logp is None else piece.old_logp
         policy, approx_kl, clipped = ppo.policy_loss(logp, old, piece.advantage, config.clip)
-        loss = policy - config.entropy_coef * entropy.sum()
-        if value is not None:
-            value_part = ppo.value_loss(value, piece.old_value, piece.returns, config.value_clip)
-            loss = loss + (1.0 if state.critic else config.vf_coef) * value_part
-            sums["value/loss"] += float(value_part.detach())
+        loss, value_part = policy - config.entropy_coef * entropy.sum(), torch.zeros(())
+        if state.value_head and not state.critic:
+            value_part = ppo.value_loss(state.value_head(hidden), piece.old_value, piece.returns, config.value_clip)
+            loss = loss + config.vf_coef * value_part
         if piece.reference_logp is not None:
             if config.kl == "loss":
                 loss = loss + config.kl_coef * ppo.kl_loss(logp, piece.reference_logp)
             ratio = (piece.reference_logp - logp).detach()
-            sums["policy/kl_reference"] += float((ratio.exp() - 1 - ratio).sum())  # k3
-        (loss / total).backward()
+            sums["policy/kl_reference"] += piece.weight * float((ratio.exp() - 1 - ratio).sum())  # k3
+        (loss * (piece.weight * share)).backward()
+        if state.critic:  # its loss shares nothing with the policy's: activations of one are gone before the other's
+            value_part = ppo.value_loss(values(state, piece.batch), piece.old_value, piece.returns, config.value_clip)
+            (value_part * (piece.weight * share)).backward()
         gap = (logp.detach() - piece.batch.logp_T[piece.batch.mask_T]).abs()
         for name, amount in (
             ("policy/loss", policy), ("policy/approx_kl", approx_kl), ("policy/clipfrac", clipped),
-            ("policy/entropy", entropy.sum()), ("rollout/sampler_gap", gap.sum()),
+            ("policy/entropy", entropy.sum()), ("rollout/sampler_gap", gap.sum()), ("value/loss", value_part),
         ):
-            sums[name] += float(amount.detach())
-    metrics = {name: amount / total for name, amount in sums.items()}
+            sums[name] += piece.weight * float(amount.detach())
+    everyone = world.gather(sums)
+    metrics = {name: sum(found[name] for found in everyone) / total for name in sums}
+    if not state.value_head:
+        del metrics["value/loss"]
     finite = all(math.isfinite(amount) for amount in metrics.values())
     for name, optimiser in zip(("policy/grad_norm", "value/grad_norm"), state.optimisers):
         parameters = [p for group in optimiser.param_groups for p in group["params"]]
-        metrics[name] = float(nn.utils.clip_grad_norm_(parameters, config.grad_clip))
+        metrics[name] = clip_gradients(parameters, config.grad_clip, world)
         finite = finite and math.isfinite(metrics[name])
     for optimiser in state.optimisers:
         if finite:
@@ -223,9 +280,14 @@ def learn(state: State, config: Config, pieces: list[Piece], banned: Tensor) -> 
     return {**metrics, "skipped": 0.0 if finite else 1.0}
 
 
-def update(state: State, config: Config, dialogues: list[Dialogue], banned: Tensor) -> dict[str, float]:
-    """All optimiser steps of one iteration on its dialogues. Returns the metrics, means over the optimiser steps."""
-    device = banned.device
+def update(
+    state: State, config: Config, dialogues: list[Dialogue], banned: Tensor, world: World | None = None
+) -> dict[str, float]:
+    """All optimiser steps of one iteration on the dialogues of all ranks, which every rank brings.
+
+    Returns the metrics, means over the optimiser steps.
+    """
+    world = world or World()
     good = [dialogue for dialogue in dialogues if dialogue.completed and dialogue.turns]
     if config.learn_from:
         chosen = grpo.most_varied({dialogue.key: dialogue.reward for dialogue in good}, config.learn_from)
@@ -236,19 +298,19 @@ def update(state: State, config: Config, dialogues: list[Dialogue], banned: Tens
     if not good:
         return {"skipped": 1.0}
     rewards = {dialogue.key: torch.tensor(token_rewards(dialogue, config.credit)) for dialogue in good}
-    turns = None
-    if config.credit == "turn":
-        turns = {dialogue.key: [len(turn.sampled_ids) for turn in dialogue.turns] for dialogue in good}
+    spans = {dialogue.key: [len(turn.sampled_ids) for turn in dialogue.turns] for dialogue in good}
+    if config.credit == "final":
+        spans = {key: [sum(lengths)] for key, lengths in spans.items()}
     items = {dialogue.key: trajectories(dialogue, config.think) for dialogue in good}
     # Mini-batches take whole dialogues, dealt out in a shuffled order of their own.
     order = sorted(items, key=lambda key: hash_key(config.seed, state.step, *key))
-    minibatches = []
-    for index in range(config.minibatches):
-        chosen = sorted(order[index :: config.minibatches])
-        parts = split([item for key in chosen for item in items[key]], config.micro_tokens)
-        minibatches.append([Piece(pack(part).to(device)) for part in parts])
-    metrics = prepare(state, config, [piece for pieces in minibatches for piece in pieces], rewards, banned, turns)
+    chosen = [sorted(order[index :: config.minibatches]) for index in range(config.minibatches)]
+    minibatches = [
+        make_pieces([item for key in keys for item in items[key]], config, world, banned) for keys in chosen if keys
+    ]
+    everything = [piece for pieces in minibatches for piece in pieces]
+    metrics = prepare(state, config, everything, rewards, banned, spans, world)
     set_learning_rates(state, config)
-    steps = [learn(state, config, pieces, banned) for _ in range(config.epochs) for pieces in minibatches if pieces]
+    steps = [learn(state, config, pieces, banned, world) for _ in range(config.epochs) for pieces in minibatches]
     metrics["policy/lr"] = state.optimisers[0].param_groups[0]["lr"]
     return {**metrics, **{name: fmean(step[name] for step in steps) for name in steps[0]}}

@@ -11,6 +11,7 @@ from engine import Engine
 from model import PackedAttention, Transformer, banned_ids
 from rollout import Job, Talk
 from simulator import Appraisal, EmotionRules, Failed, Profile, UserTurn
+from weights import init_weights
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits
 ROOT = Path(__file__).parent.parent
@@ -43,7 +44,7 @@ def tiny_raw(family: str, tied: bool = True, vocab: int = 264) -> dict:
 def tiny_model(family: str = "qwen2", tied: bool = True, seed: int = 0) -> Transformer:
     """A tiny random model; biases and norms are random too, so that none of them can be left out unnoticed."""
     model = Transformer(tiny_raw(family, tied))
-    model.init_weights(seed)
+    init_weights(model, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():

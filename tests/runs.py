@@ -17,7 +17,7 @@ from config import Config, check
 from dist import checkpoints
 from simulator import EmotionRules
 
-TIMED = ("time/rollout", "time/update", "time/step", "rollout/tokens_per_s")
+TIMED = ("time/rollout", "time/update", "time/step", "rollout/tokens_per_s", "rollout/wait")
 
 
 def lowercase(key, turn, reply):
@@ -78,7 +78,10 @@ def untimed(config):
 
 
 def weights(config, step):
-    return load_file(Path(config.run) / "ckpt" / f"step_{step}" / "policy.safetensors")
+    """The policy's tensors in a checkpoint of one process."""
+    [file] = (Path(config.run) / "ckpt" / f"step_{step}").glob("*.safetensors")
+    found = load_file(file)
+    return {k.removeprefix("policy."): t for k, t in found.items() if k.startswith("policy.") and ":" not in k}
 
 
 def assert_same_run(a, b, step, passed_over=()):

@@ -18,7 +18,8 @@ import eval as evaluation
 import train
 from chat import load_tokenizer
 from config import Config, InputError, check
-from model import Transformer, save_model
+from model import Transformer
+from weights import init_weights, save_model
 
 ROW = {
     "id": "a",
@@ -33,13 +34,14 @@ TINY = dict(
     groups=1, group_size=2, max_turns=1, eval_max_turns=1, reply_tokens=4, context_tokens=128, steps=1, save_every=1,
     threads=1,
 )  # fmt: skip
+SHARD = "run/ckpt/step_1/shard-00001-model-00001-of-00001.safetensors"
 SAME = [f"{key}={value}" for key, value in TINY.items()]
 
 
 def tiny_folder(name, **changes):
     """A model folder with the byte tokenizer."""
     model = Transformer({**tiny_raw("qwen2"), **changes})
-    model.init_weights(0)
+    init_weights(model, 0)
     save_model(model, load_tokenizer("bytes"), Path(name))
 
 
@@ -71,6 +73,12 @@ def cut(path, keep=0.5):
     """Truncate a file."""
     data = Path(path).read_bytes()
     Path(path).write_bytes(data[: int(len(data) * keep)])
+
+
+def scramble(path):
+    """Damage a file's header, its size unchanged."""
+    data = Path(path).read_bytes()
+    Path(path).write_bytes(data[:8] + b"?" * 64 + data[72:])
 
 
 def edit_json(path, **changes):
@@ -179,28 +187,22 @@ TRAIN = {
     "checkpoint of another critic": (
         nothing,
         "run=new critic=trunk resume=run/ckpt/step_1",
-        "run/ckpt/step_1/critic.safetensors",
+        "run/ckpt/step_1 | critic. | another model",
     ),
-    "truncated checkpoint": (
-        lambda: cut("run/ckpt/step_1/policy.safetensors"),
-        "steps=2",
-        "step_1/policy.safetensors | truncated or damaged",
+    "checkpoint of a critic that is not wanted": (
+        nothing,
+        "run=new algorithm=grpo resume=run/ckpt/step_1",
+        "run/ckpt/step_1 | value_head | another model",
     ),
-    "truncated optimiser": (
-        lambda: cut("run/ckpt/step_1/optimiser.safetensors"),
-        "steps=2",
-        "step_1/optimiser.safetensors | damaged",
-    ),
+    "truncated checkpoint": (lambda: cut(SHARD), "steps=2", f"{SHARD} | bytes, not | damaged"),
+    "checkpoint without a file": (lambda: os.remove(SHARD), "steps=2", f"{SHARD} | is missing"),
+    "damaged checkpoint, named": (lambda: cut(SHARD), "run=new resume=run/ckpt/step_1", f"{SHARD} | bytes, not"),
+    "checkpoint damaged within": (lambda: scramble(SHARD), "steps=2", f"{SHARD} | damaged"),
     "checkpoint without its state": (lambda: os.remove("run/ckpt/step_1/state.json"), "steps=2", "step_1/state.json"),
     "checkpoint whose state is empty": (
         lambda: Path("run/ckpt/step_1/state.json").write_text("{}"),
         "steps=2",
         "step_1/state.json",
-    ),
-    "checkpoint without RNG": (
-        lambda: shutil.copy("other/model.safetensors", "run/ckpt/step_1/optimiser.safetensors"),
-        "steps=2",
-        "step_1",
     ),
 }
 RUN = ["run", "model", *SAME[1:]]

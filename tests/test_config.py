@@ -78,7 +78,9 @@ def test_a_wrong_option_is_one_line_with_the_key_and_a_hint(option, fragments):
     "options, fragments",
     [
         (["algorithm=grpo", "group_size=1"], ["'group_size'", "at least 2", "algorithm=ppo"]),
-        (["algorithm=grpo", "credit=turn"], ["'credit'", "final", "algorithm=ppo"]),
+        (["lora_rank=4", "lora_targets=q_proj,o"], ["'lora_targets'", "o_proj", "'q_proj,o'"]),
+        (["lora_rank=4", "lora_alpha=0"], ["'lora_alpha'", "above 0"]),
+        (["shard=-1"], ["'shard'", "negative"]),
         (["reply_tokens=512", "context_tokens=512"], ["'reply_tokens'", "'context_tokens'"]),
         (["groups=1", "group_size=2", "minibatches=3"], ["'minibatches'", "3", "2"]),
         (["group_size=4", "groups=1", "learn_from=2", "minibatches=3"], ["'minibatches'", "3", "2"]),

@@ -57,7 +57,7 @@ def test_full_forward_equals_chunked_prefill_equals_decode(family):
 
     def in_chunks(sizes, context):
         """Hidden states of `ids`, brought to slot 2 of a cache in chunks."""
-        cache, parts, begin = KVCache(c.num_layers, 3, c.num_kv_heads, 50, c.head_dim, model.output_weight), [], 0
+        cache, parts, begin = KVCache((c.num_layers, 3, c.num_kv_heads, 50, c.head_dim), torch.float32, "cpu"), [], 0
         for size in sizes:
             tokens, position = torch.tensor(ids[begin : begin + size]), torch.arange(begin, begin + size)
             parts.append(model(tokens, position, context(cache, begin, size)))
@@ -80,7 +80,7 @@ def test_full_forward_equals_chunked_prefill_equals_decode(family):
 def test_ragged_prefill_and_ragged_decode_equal_each_row_alone(family):
     model, documents = tiny_model(family), [random_ids(n, seed=n) for n in (25, 9, 38)]
     c, slots, begins, counts = model.config, [3, 0, 1], [10, 0, 31], [14, 8, 6]
-    cache = KVCache(c.num_layers, 4, c.num_kv_heads, 50, c.head_dim, model.output_weight)
+    cache = KVCache((c.num_layers, 4, c.num_kv_heads, 50, c.head_dim), torch.float32, "cpu")
 
     def pick(begins, counts):
         tokens = torch.tensor([t for ids, b, n in zip(documents, begins, counts) for t in ids[b : b + n]])

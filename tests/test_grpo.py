@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import Config
-from grpo import group_advantages, most_varied
+from dist import World
+from grpo import group_advantages, most_varied, turn_advantages
 from rollout import Trajectory, pack, split
 from update import Piece, State, prepare
 
@@ -81,7 +82,16 @@ def layout(key, turns, think):
     pieces = [([0, 0, *range(1, n + 1)], [0, 0] + [1] * n) for n in turns]
     if not think:
         pieces = [(sum((ids for ids, _ in pieces), []), sum((mask for _, mask in pieces), []))]
-    return [Trajectory(key, ids, mask, [0.0] * len(ids), [0.0] * len(ids)) for ids, mask in pieces]
+    begins = [sum(sum(mask) for _, mask in pieces[:i]) for i in range(len(pieces))]
+    zeros = [[0.0] * len(ids) for ids, _ in pieces]
+    return [Trajectory(key, *piece, zero, zero, begin) for piece, zero, begin in zip(pieces, zeros, begins)]
+
+
+def advantages(config, pieces, rewards, spans):
+    """All pieces' advantages as GRPO's `prepare` fills them, and its metrics."""
+    state, banned = State(None, None, None, None, []), torch.zeros(1, dtype=torch.bool)
+    metrics = prepare(state, config, pieces, rewards, banned, spans, World())
+    return torch.cat([piece.advantage for piece in pieces]).tolist(), metrics
 
 
 @pytest.mark.parametrize("think", [False, True])
@@ -92,11 +102,35 @@ def test_dialogues_with_unequal_turns_get_the_same_baseline_in_both_sample_layou
     pieces = [Piece(pack(part)) for part in split(items, micro_tokens)]
     config = Config(algorithm="grpo", scale_advantage=scale, think=think)
     rewards = {key: torch.full((sum(turns),), REWARDS[key] / sum(turns)) for key, turns in TURNS.items()}  # by token
-    metrics = prepare(State(None, None, None, None, []), config, pieces, rewards, torch.zeros(1, dtype=torch.bool))
+    found, metrics = advantages(config, pieces, rewards, {key: [sum(turns)] for key, turns in TURNS.items()})
     distance = {0: 0.4, 1: 0.25}  # of either member from its group's mean, which is the spread too
     expected = []
     for key, turns in TURNS.items():
         sign = 1 if REWARDS[key] > 0.5 else -1
         expected += [sign * (1.0 if scale else distance[key[0]])] * sum(turns)
-    assert torch.cat([piece.advantage for piece in pieces]).tolist() == pytest.approx(expected, rel=1e-4)
+    assert found == pytest.approx(expected, rel=1e-4)
     assert metrics["group/zero_spread"] == 0
+
+
+@pytest.mark.parametrize("think", [False, True])
+@pytest.mark.parametrize("micro_tokens", [1, 9, 1000])
+def test_by_turn_a_token_gets_the_reward_from_its_turn_on_against_the_groups_same_turn(think, micro_tokens):
+    """Group 0: changes .1 -.2 .3 .5 and .4; turns two to four stand alone and have no baseline."""
+    changes = {(0, 0): [0.1, -0.2, 0.3, 0.5], (0, 1): [0.4], (1, 0): [0.2, -0.4], (1, 1): [0.1, 0.2, 0.3]}
+    last = lambda n, change: [0.0] * (n - 1) + [change]  # noqa: E731
+    rewards = {k: torch.tensor(sum((last(n, c) for n, c in zip(TURNS[k], changes[k])), [])) for k in TURNS}
+    items = [item for key, turns in TURNS.items() for item in layout(key, turns, think)]
+    pieces = [Piece(pack(part)) for part in split(items, micro_tokens)]
+    config = Config(algorithm="grpo", scale_advantage=False, credit="turn", think=think)
+    found, _ = advantages(config, pieces, rewards, TURNS)
+    by_hand = {(0, 0): [0.15, 0, 0, 0], (0, 1): [-0.15], (1, 0): [-0.4, -0.45], (1, 1): [0.4, 0.45, 0]}
+    expected = [amount for key, turns in TURNS.items() for n, amount in zip(turns, by_hand[key]) for _ in range(n)]
+    assert found == pytest.approx(expected)
+
+
+@quick
+@given(groups)
+def test_with_one_turn_each_the_advantages_are_the_groups(rewards):
+    whole, flat = group_advantages(rewards, True)
+    by_turn, share = turn_advantages({key: [value] for key, value in rewards.items()}, True)
+    assert share == flat and by_turn == {key: [whole.get(key, 0.0)] for key in rewards}

@@ -22,10 +22,10 @@ from config import Config, InputError
 from dist import checkpoints
 from engine import hash_key
 from llm import Answer, Call, Endpoint, Record, Usage
-from model import save_model
 from rollout import USER_STREAM, log_line, run_dialogues
 from sentient import APPRAISAL, GOODBYE, LLMUser
 from simulator import EmotionRules
+from weights import save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

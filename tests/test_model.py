@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from chat import load_tokenizer
 from config import InputError
-from model import ValueHead, banned_ids, load_model, predictors, sampling_logits, save_model, token_logprobs
+from model import ValueHead, banned_ids, predictors, sampling_logits, token_logprobs
+from weights import load_model, save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CLOSE = dict(rtol=0, atol=1e-4)

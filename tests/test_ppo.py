@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ppo
+from dist import World
 from rollout import Trajectory, pack
 from update import Piece, by_dialogue
 
@@ -59,7 +60,7 @@ def test_gae_is_unmoved_by_what_the_user_said(tokens, interludes, gamma, lam):
     for words, v in zip(interludes, value.tolist()):
         ids, mask, values = ids + [7] * words + [8], mask + [0] * words + [1], values + [9.9] * words + [v]
     batch = pack([Trajectory((0, 0), ids, mask, [0.0] * len(ids), values)])
-    compact = by_dialogue([Piece(batch)], [batch.value_T[batch.mask_T]])[0, 0].double()
+    compact = by_dialogue([Piece(batch)], [batch.value_T[batch.mask_T]], World())[0, 0].double()
     assert torch.equal(compact, value)
     torch.testing.assert_close(ppo.gae(reward, compact, gamma, lam), ppo.gae(reward, value, gamma, lam))
 

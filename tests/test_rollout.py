@@ -13,7 +13,7 @@ from config import Config
 from model import ValueHead
 from rollout import Trajectory, log_line, pack, run_dialogues, split, token_rewards, trajectories
 from simulator import EmotionRules, Failed, UserTurn
-from update import State, forward
+from update import State, forward, values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FREE = EmotionRules(clamp=100)  # a single reply can end a dialogue
@@ -325,9 +325,10 @@ def test_sampler_log_probs_and_values_equal_those_of_training(chat, think_chat, 
     dialogues = run_dialogues(make_jobs(3, 2), engine, chat, ScriptedUser(), make_talk(reply_tokens=60), (2,))
     items = [item for dialogue in dialogues for item in trajectories(dialogue, think)]
     batch, state = pack(items), State(model, None, head, None, [])
-    logp, _, value = forward(state, Config(temperature=temperature), batch, engine.banned)
+    logp, _, hidden = forward(model, Config(temperature=temperature), batch, engine.banned)
     torch.testing.assert_close(logp, batch.logp_T[batch.mask_T], atol=1e-4, rtol=0)
-    torch.testing.assert_close(value, batch.value_T[batch.mask_T], atol=1e-4, rtol=0)
+    for value in (head(hidden), values(state, batch)):
+        torch.testing.assert_close(value, batch.value_T[batch.mask_T], atol=1e-4, rtol=0)
     assert len(items) == (18 if think else 6) and batch.trained == [sum(item.mask) for item in items]
 
 

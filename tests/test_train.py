@@ -15,10 +15,10 @@ import engine
 import eval as evaluation
 import ppo
 import train
-from dist import checkpoints
-from model import load_model
+from dist import World, checkpoints
 from simulator import Failed, load_profiles
 from update import build, set_learning_rates
+from weights import load_model
 
 ALWAYS = """step reward/mean reward/std emotion/final policy/loss policy/approx_kl policy/clipfrac policy/entropy
 policy/grad_norm rollout/tokens rollout/tokens_per_s rollout/sampler_gap rollout/turns simulator/failed simulator/calls
@@ -70,7 +70,7 @@ def test_profiles_are_dealt_evenly_and_by_seed_and_step_alone(tiny):
 
 def test_each_learning_rate_warms_up_over_its_own_steps(tiny):
     config = tiny(critic="trunk", lr=1e-3, critic_lr=1e-3, warmup=4, critic_warmup=2)
-    state = build(config, torch.device("cpu"))
+    state = build(config, World())
     rates = []
     for state.step in range(5):
         set_learning_rates(state, config)

@@ -14,6 +14,7 @@ import ppo
 import update as update_module
 from chat import load_tokenizer, make_chat
 from config import Config
+from dist import World
 from rollout import Trajectory, pack, run_dialogues, split, token_rewards, trajectories
 from simulator import EmotionRules, Failed
 from update import Piece, State, build, by_dialogue, forward, learn, prepare, scatter, set_learning_rates, update
@@ -38,7 +39,7 @@ def make(shape):
 
     def made(kind, **options) -> tuple[Config, State]:
         config = Config(model=shape, tokenizer="bytes", **{**STILL, "group_size": 2, **KINDS[kind], **options})
-        state, generator = build(config, torch.device("cpu")), torch.Generator().manual_seed(5)
+        state, generator = build(config, World()), torch.Generator().manual_seed(5)
         with torch.no_grad():
             for module in (state.value_head, state.critic):
                 for parameter in module.parameters() if module else []:
@@ -60,7 +61,14 @@ def roll(state, think=False, change=None, groups=3, members=2, seed=0):
 
 
 def rewards_of(dialogues):
-    return {dialogue.key: torch.tensor(token_rewards(dialogue, "final")) for dialogue in dialogues}
+    """The rewards that `prepare` wants, and the spans that GRPO gives one advantage: whole dialogues."""
+    rewards = {dialogue.key: torch.tensor(token_rewards(dialogue, "final")) for dialogue in dialogues}
+    return rewards, {key: [len(vector)] for key, vector in rewards.items()}
+
+
+def prepared(state, config, pieces, dialogues):
+    rewards, spans = rewards_of(dialogues)
+    return prepare(state, config, pieces, rewards, BANNED, spans, World())
 
 
 def gradients(state, config, step):
@@ -101,8 +109,8 @@ def test_the_gradient_is_the_same_for_every_micro_batch_size_and_packing_order(m
     def packed(order, micro_tokens):
         items = [item for dialogue in order for item in trajectories(dialogue, think)]
         pieces = [Piece(pack(part)) for part in split(items, micro_tokens)]
-        prepare(state, config, pieces, rewards_of(dialogues), BANNED)
-        return gradients(state, config, lambda: learn(state, config, pieces, BANNED))
+        prepared(state, config, pieces, dialogues)
+        return gradients(state, config, lambda: learn(state, config, pieces, BANNED, World()))
 
     whole = of_update(state, dataclasses.replace(config, micro_tokens=100000), dialogues)
     assert all(grad.any() for name, grad in whole.items())
@@ -175,7 +183,7 @@ def test_a_broken_format_is_trained_with_reward_0(make):
     dialogues[0].ended = "format"
     assert dialogues[0].reward == 0 and dialogues[0].emotion > 0
     pieces = [Piece(pack(trajectories(dialogue, think=True))) for dialogue in dialogues[:2]]
-    prepare(state, config, pieces, rewards_of(dialogues[:2]), BANNED)
+    prepared(state, config, pieces, dialogues[:2])
     assert (pieces[0].advantage < -0.99).all() and (pieces[1].advantage > 0.99).all()
     assert len(pieces[0].advantage) == sum(len(turn.sampled_ids) for turn in dialogues[0].turns)
 
@@ -185,8 +193,8 @@ def steps(monkeypatch):
     """The pieces and metrics of every optimiser step that `update` takes."""
     seen, real = [], update_module.learn
 
-    def spy(state, config, pieces, banned):
-        seen.append((pieces, real(state, config, pieces, banned)))
+    def spy(state, config, pieces, banned, world):
+        seen.append((pieces, real(state, config, pieces, banned, world)))
         return seen[-1][1]
 
     monkeypatch.setattr(update_module, "learn", spy)
@@ -219,7 +227,7 @@ def test_with_two_minibatches_old_log_probs_are_recomputed_before_the_first(make
     assert off_policy["policy/approx_kl"] > 1e-4
     assert metrics["policy/approx_kl"] == pytest.approx(off_policy["policy/approx_kl"] / 2)  # the mean over steps
     for piece in first + second:
-        torch.testing.assert_close(piece.old_logp, forward(before, config, piece.batch, BANNED)[0].detach())
+        torch.testing.assert_close(piece.old_logp, forward(before.policy, config, piece.batch, BANNED)[0].detach())
     halves = [{key for piece in pieces for key in piece.batch.keys} for pieces in (first, second)]
     assert not halves[0] & halves[1] and halves[0] | halves[1] == {dialogue.key for dialogue in dialogues}
 
@@ -237,18 +245,19 @@ A, B = (0, 0), (0, 1)
 def hand_made():
     """Three pieces: A's first turn (2 trained tokens) and B's (1); A's second turn (1); B's second (3)."""
 
-    def item(key, mask, value):
-        rest = iter(value)
-        return Trajectory(key, [1] * len(mask), mask, [0.0] * len(mask), [next(rest) if bit else 99.0 for bit in mask])
+    def item(key, mask, value, begin=0):
+        rest, size = iter(value), len(mask)
+        values = [next(rest) if bit else 99.0 for bit in mask]
+        return Trajectory(key, [1] * size, mask, [0.0] * size, values, begin)
 
     first = [item(A, [0, 0, 1, 1], [0.1, 0.2]), item(B, [0, 1], [0.5])]
-    second, third = [item(A, [0, 0, 0, 1], [0.3])], [item(B, [0, 1, 0, 1, 1], [0.6, 0.7, 0.8])]
+    second, third = [item(A, [0, 0, 0, 1], [0.3], 2)], [item(B, [0, 1, 0, 1, 1], [0.6, 0.7, 0.8], 1)]
     return [Piece(pack(items)) for items in (first, second, third)]
 
 
 def test_by_dialogue_joins_turns_in_order_and_scatter_is_the_way_back():
     pieces = hand_made()
-    joined = by_dialogue(pieces, [piece.batch.value_T[piece.batch.mask_T] for piece in pieces])
+    joined = by_dialogue(pieces, [piece.batch.value_T[piece.batch.mask_T] for piece in pieces], World())
     torch.testing.assert_close(joined, {A: torch.tensor([0.1, 0.2, 0.3]), B: torch.tensor([0.5, 0.6, 0.7, 0.8])})
     scatter(pieces, {A: torch.tensor([1.0, 2, 3]), B: torch.tensor([4.0, 5, 6, 7])}, "advantage")
     assert [piece.advantage.tolist() for piece in pieces] == [[1, 2, 4], [3], [5, 6, 7]]
@@ -259,7 +268,7 @@ def test_by_dialogue_joins_turns_in_order_and_scatter_is_the_way_back():
 def test_gae_runs_over_the_turns_of_a_dialogue_and_comes_back_to_the_right_tokens(gamma, lam, whitened):
     pieces, config = hand_made(), Config(gamma=gamma, lam=lam, scale_advantage=whitened)
     rewards = {A: torch.tensor([0, 0, 0.4]), B: torch.tensor([0.2, 0, 0, 0.9])}
-    prepare(State(None, None, nn.Identity(), None, []), config, pieces, rewards, BANNED)
+    prepare(State(None, None, nn.Identity(), None, []), config, pieces, rewards, BANNED, {}, World())
     a, a_returns = ppo.gae(rewards[A], torch.tensor([0.1, 0.2, 0.3]), gamma, lam)
     b, b_returns = ppo.gae(rewards[B], torch.tensor([0.5, 0.6, 0.7, 0.8]), gamma, lam)
     if whitened:  # over all trained tokens of the batch, however they are packed
@@ -275,7 +284,7 @@ def test_ppo_learns_from_the_rewards_that_credit_says(make, steps, credit):
     dialogues = roll(state)
     update(state, config, dialogues, BANNED)
     pieces = steps[0][0]
-    for dialogue, returns in zip(dialogues, by_dialogue(pieces, [piece.returns for piece in pieces]).values()):
+    for dialogue, returns in zip(dialogues, by_dialogue(pieces, [piece.returns for piece in pieces], World()).values()):
         later = torch.tensor(token_rewards(dialogue, credit)).flip(0).cumsum(0).flip(0)
         torch.testing.assert_close(returns, later)
         assert float(returns[0]) == pytest.approx(dialogue.reward, abs=1e-5)
@@ -286,16 +295,16 @@ def test_numbers_that_are_not_finite_leave_the_weights_bit_equal_and_count_as_sk
     config, state = make(kind, lr=1e-2, critic_lr=1e-2)
     dialogues = roll(state)
     pieces = [Piece(pack(trajectories(dialogue, think=False))) for dialogue in dialogues]
-    prepare(state, config, pieces, rewards_of(dialogues), BANNED)
+    prepared(state, config, pieces, dialogues)
     before, good = copy.deepcopy(state), pieces[2].advantage
     pieces[2].advantage = good * float("nan")
-    assert learn(state, config, pieces, BANNED)["skipped"] == 1
+    assert learn(state, config, pieces, BANNED, World())["skipped"] == 1
     for key, module in state.modules.items():
         for (name, p), q in zip(module.named_parameters(), before.modules[key].parameters()):
             assert torch.equal(p, q) and p.grad is None, name
     assert not any(optimiser.state for optimiser in state.optimisers)
     pieces[2].advantage = good
-    assert learn(state, config, pieces, BANNED)["skipped"] == 0
+    assert learn(state, config, pieces, BANNED, World())["skipped"] == 0
     for key, module in state.modules.items():
         assert not any(torch.equal(p, q) for p, q in zip(module.parameters(), before.modules[key].parameters()))
 
@@ -341,7 +350,7 @@ def test_the_kl_loss_adds_the_gradient_of_k2_and_nothing_while_policy_and_refere
     assert distance(of_update(state, config, dialogues), of_update(state, free, dialogues)) < 1e-5
     config, state, dialogues = perturbed_kl(make, kind)
     batch = pack([item for dialogue in dialogues for item in trajectories(dialogue, think=False)])
-    logp, reference = (forward(state, config, batch, BANNED, model)[0] for model in (state.policy, state.reference))
+    logp, reference = (forward(model, config, batch, BANNED)[0] for model in (state.policy, state.reference))
     k2 = 0.5 * (logp - reference.detach()).pow(2).mean()
     extra = torch.autograd.grad(0.5 * k2, list(state.policy.parameters()), allow_unused=True)
     expected = of_update(state, free, dialogues)
@@ -357,8 +366,8 @@ def test_the_kl_in_the_reward_is_k1_on_each_token(make, steps):
     config, state, dialogues = perturbed_kl(make, "ppo head", kl="reward", scale_advantage=False)
     update(state, config, dialogues, BANNED)
     [(pieces, metrics)] = steps
-    k1 = by_dialogue(pieces, [piece.old_logp - piece.reference_logp for piece in pieces])
-    returns = by_dialogue(pieces, [piece.returns for piece in pieces])
+    k1 = by_dialogue(pieces, [piece.old_logp - piece.reference_logp for piece in pieces], World())
+    returns = by_dialogue(pieces, [piece.returns for piece in pieces], World())
     assert metrics["policy/approx_kl"] == pytest.approx(0, abs=1e-9)
     for dialogue in dialogues:
         later = k1[dialogue.key].flip(0).cumsum(0).flip(0)
@@ -370,9 +379,9 @@ def test_the_kl_in_grpos_reward_is_k1_summed_over_the_dialogue(make, steps):
     config, state, dialogues = perturbed_kl(make, "grpo", kl="reward", scale_advantage=False)
     update(state, config, dialogues, BANNED)
     pieces = steps[0][0]
-    k1 = by_dialogue(pieces, [piece.old_logp - piece.reference_logp for piece in pieces])
+    k1 = by_dialogue(pieces, [piece.old_logp - piece.reference_logp for piece in pieces], World())
     total = {dialogue.key: dialogue.reward - 0.5 * float(k1[dialogue.key].sum()) for dialogue in dialogues}
-    for (g, m), vector in by_dialogue(pieces, [piece.advantage for piece in pieces]).items():
+    for (g, m), vector in by_dialogue(pieces, [piece.advantage for piece in pieces], World()).items():
         assert vector.tolist() == pytest.approx([(total[g, m] - total[g, 1 - m]) / 2] * len(vector), abs=1e-4)
 
 
@@ -392,7 +401,8 @@ def test_the_value_of_token_t_comes_from_the_hidden_state_before_it(make, kind):
     hidden = hidden_states(trunk, item.tokens)
     trained = [t for t, bit in enumerate(item.mask) if bit]
     expected = torch.stack([state.value_head(hidden[t - 1]) for t in trained])
-    for value in (forward(state, config, batch, BANNED)[2], update_module.values(state, batch)):
-        torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(update_module.values(state, batch), expected)
+    if kind == "ppo head":  # learn() has the hidden states at hand
+        torch.testing.assert_close(state.value_head(forward(state.policy, config, batch, BANNED)[2]), expected)
     item.tokens[trained[-1]] ^= 1  # what is said next cannot change what was expected before
     torch.testing.assert_close(update_module.values(state, pack([item])), expected)
