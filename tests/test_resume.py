@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 import train
-from dist import World, checkpoints, load_checkpoint, save_checkpoint
+from config import InputError
+from dist import World, check_files, checkpoints, load_checkpoint, save_checkpoint
 from update import build
 
 KINDS = {
@@ -248,3 +250,104 @@ def test_a_process_that_is_interrupted_and_one_that_is_killed_go_on_to_the_same_
     train.train(config)
     assert_same_run(straight, config, 12, passed_over=["rng"])  # torch's own state as a process begins
     assert [row["step"] for row in metrics(config)] == list(range(1, 13)), f"killed after {delay} s"
+
+
+# Damage.
+
+
+def damage(folder, how):
+    [shard] = folder.glob("*.safetensors")
+    if how == "truncated":
+        os.truncate(shard, shard.stat().st_size // 2)
+    elif how == "missing":
+        shard.unlink()
+    else:
+        (folder / "state.json").write_text("{")
+
+
+@pytest.mark.parametrize("how", ["truncated", "missing", "state"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_with_a_warning(tiny, capsys, how):
+    straight, config = tiny("straight"), tiny()
+    for each in (straight, config):
+        go(each)
+    run = Path(config.run)
+    damage(run / "ckpt" / "step_4", how)
+    shutil.rmtree(run / "model")
+    go(config)
+    said = capsys.readouterr().err
+    assert f"warning: {run / 'ckpt' / 'step_4'}" in said and f"going back to {run / 'ckpt' / 'step_2'}" in said
+    assert_same_run(straight, config, 4)
+
+
+def test_where_every_checkpoint_is_damaged_nothing_is_begun_again(tiny):
+    """Else a run of days would be overwritten by its own first step."""
+    config = tiny()
+    go(config)
+    before = (Path(config.run) / "metrics.jsonl").read_bytes()
+    for folder in checkpoints(Path(config.run)):
+        damage(folder, "truncated")
+    with pytest.raises(InputError, match="no sound one"):
+        go(config)
+    assert (Path(config.run) / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_checkpoint_with_the_best_evaluation_is_kept_and_made_if_it_was_not_due(tiny, monkeypatch):
+    """Scores of the evaluations after steps 1 to 6: the best is step 3's, at which no checkpoint was due."""
+    scores = iter([10.0, 20.0, 90.0, 30.0, 90.0, 50.0])
+    real = train.write_evaluation
+
+    def scored(*args):
+        return {**real(*args), "score": next(scores)}
+
+    monkeypatch.setattr(train, "write_evaluation", scored)
+    config = tiny(steps=6, eval_every=1, save_every=2, keep=1)
+    go(config)
+    assert [folder.name for folder in checkpoints(Path(config.run))] == ["step_3", "step_6"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 5 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("may not mount a file system here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_stops_the_run_with_the_last_good_checkpoint_intact(tiny, small_disk):
+    """One checkpoint of 2 MB fits, a second beside it and the logs do not. With room again the run goes on."""
+    straight, config = tiny("straight", save_every=1, keep=1, steps=9), tiny(save_every=1, keep=1, steps=9)
+    train.train(straight)
+    config = dataclasses.replace(config, run=str(small_disk / "run"))
+    filler = small_disk / "filler"
+    process = command(config)
+    wait_for_step(process, config, 2)
+    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    filler.write_bytes(bytes(max(0, free - 400_000)))
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1, said
+    last = said.strip().splitlines()[-1]
+    assert "No space left on device" in last and "Make room, then go on with: python train.py" in last
+    [kept] = checkpoints(Path(config.run))
+    assert f"the last good checkpoint is {kept}" in last and check_files(kept) == int(kept.name[5:])
+    assert "Traceback" not in said
+    filler.unlink()
+    train.train(config)
+    assert_same_run(straight, config, 9, passed_over=["rng"])
+
+
+def test_any_checkpoint_is_exported_as_a_hugging_face_folder(tiny, tmp_path, capsys):
+    config = tiny()
+    model = go(config)
+    out = tmp_path / "out"
+    assert evaluation.main(["export", f"{config.run}/ckpt/step_4", str(out)]) == 0
+    assert "as a Hugging Face folder" in capsys.readouterr().out
+    assert sorted(os.listdir(out)) == sorted(os.listdir(model))
+    one, other = load_file(out / "model.safetensors"), load_file(model / "model.safetensors")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(InputError, match="exists already"):
+        evaluation.main(["export", f"{config.run}/ckpt/step_4", str(out)])
+    with pytest.raises(InputError, match="no such checkpoint"):
+        evaluation.main(["export", f"{config.run}/ckpt/step_9", str(tmp_path / "other")])
