@@ -55,7 +55,7 @@ class Config:
     user_temperature: float = option(1.0, "the user's sampling temperature")
     user_tokens: int = option(1024, "cap on the tokens of one answer of the user's model")
     user_context: int = option(8192, "user=local: cap on the tokens of a prompt and its answer")
-    user_concurrency: int = option(32, "calls at the same time; user=local: dialogues in one batch")
+    user_concurrency: int = option(32, "calls at the same time, of each rank; user=local: dialogues in one batch")
     user_retries: int = option(5, "further tries of a call that failed, and of an answer that could not be read")
     user_try_timeout: float = option(60.0, "seconds for one try of a call")
     user_dialogue_timeout: float = option(600.0, "seconds that one dialogue may wait for its user in all")
@@ -76,7 +76,7 @@ class Config:
         0, "learn from that many dialogues of a group only, those whose rewards vary most (PODS); 0: from all"
     )
     max_turns: int = option(8, "replies of the policy per dialogue, all of them appraised")
-    slots: int = option(32, "dialogues generated at the same time")
+    slots: int = option(32, "dialogues generated at the same time, on each rank")
     reply_tokens: int = option(1024, "cap on sampled tokens a turn, thoughts included")
     context_tokens: int = option(8192, "cap on a dialogue's tokens, prompt included")
     temperature: float = option(1.0, "sampling temperature; enters the training log-probs too")
@@ -133,7 +133,7 @@ class Config:
     seeds: int = option(1, "times the benchmark is held, under eval_seed, eval_seed + 1, ...")
     eval_user_mode: str = option("vanilla", "user of the evaluation", ("vanilla", "challenging"))
     save_every: int = option(5, "steps between checkpoints; the last step is always saved; 0: only the last")
-    keep: int = option(2, "checkpoints kept")
+    keep: int = option(2, "newest checkpoints kept; with eval_every also the one that scored best")
     resume: str = option(
         "auto",
         "auto (newest checkpoint of the run), none (refuse a run that exists), or a checkpoint folder, from which the "

@@ -19,23 +19,19 @@ import errno
 import json
 import math
 import os
-import platform
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from statistics import fmean, median, pstdev
+from statistics import fmean, pstdev
 
-import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from chat import Chat, load_tokenizer, make_chat
-from config import MAY_CHANGE, Config, InputError, help_text, load_config, read_saved, save_config
+from config import Config, InputError, help_text, load_config
 from dist import (
     SaveError,
     World,
@@ -53,8 +49,8 @@ from engine import Engine, hash_key
 from eval import describe, evaluate, join_evaluation, make_engine, make_talk, make_user, write_evaluation
 from llm import usage_metrics
 from logs import without_nan
-from offline import user_hash
-from rollout import MAX_FAILED, Dialogue, Job, Talk, log_line, run_dialogues
+from rollout import MAX_FAILED, Dialogue, Job, Talk, run_dialogues
+from rundir import best_step, log_step, open_run, prepare_run, write_lines, write_scalars, write_usage
 from sentient import LLMUser
 from simulator import Profile, User, load_profiles
 from update import State, build, update
@@ -63,8 +59,6 @@ from weights import save_adapter, save_model
 ORDER_STREAM = 2  # keeps the order of profiles apart from other uses of the seed
 MAX_SKIPPED = 5  # non-finite steps in a row before a run gives up
 LEARNT = ("policy/loss", "policy/approx_kl", "policy/clipfrac", "policy/entropy", "policy/grad_norm")
-USAGE = [f"simulator/{key}" for key in (
-    "llm_calls", "tokens_in", "tokens_out", "cost", "retries", "parse_failures", "clamped", "failed")]  # fmt: skip
 LEARNT_BY = {"ppo": ("value/loss", "value/explained_variance"), "grpo": ("group/zero_spread",)}
 
 
@@ -210,58 +204,6 @@ def roll_out(
     raise Stop(f"{share}, twice; the first said: {failed[0].why}", 1)
 
 
-def open_run(config: Config) -> Path:
-    """The run directory, ready to be written. Raises InputError where it belongs to another config."""
-    run = Path(config.run)
-    if run.exists() and not run.is_dir():
-        raise InputError(f"{run}: is not a folder; give another run=DIR")
-    if (run / "config.json").is_file():
-        if config.resume == "none":
-            raise InputError(f"{run}: exists already; give another run=DIR, or resume=auto to go on with it")
-        saved = read_saved(run / "config.json")
-        for f in dataclasses.fields(Config):
-            old, new = getattr(saved, f.name), getattr(config, f.name)
-            if old != new and f.name not in MAY_CHANGE:
-                other = f"{f.name}={old}"
-                raise InputError(f"{run}: was begun with {other}, not {new}; give another run=DIR, or {other} to go on")
-    elif run.exists() and any(path.name != "eval" for path in run.iterdir()):
-        raise InputError(f"{run}: is not empty and not a run; give another run=DIR")
-    return run
-
-
-def write_environment(run: Path, world: World) -> None:
-    """env.txt: what this ran on."""
-    command, here = ["git", "describe", "--always", "--dirty"], Path(__file__).parent
-    commit = subprocess.run(command, capture_output=True, text=True, cwd=here).stdout.strip()
-    lines = [f"python {platform.python_version()}", f"torch {torch.__version__}", f"platform {platform.platform()}"]
-    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
-    lines += [f"ranks {world.size}", f"device {device}", f"compute {world.dtype}"]
-    lines += [f"threads {torch.get_num_threads()}", f"commit {commit or 'unknown'}", f"user {user_hash()}"]
-    (run / "env.txt").write_text("\n".join(lines) + "\n")
-
-
-def cut_back(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, and what a crash left of a line, from a JSON-lines file.
-
-    They will be made again. A line ends at a newline only: a sampled U+2028 may stand raw within one.
-    """
-    if path.is_file():
-        write_lines(path, [line for line in path.read_bytes().split(b"\n")[:-1] if json.loads(line)["step"] <= step])
-
-
-def write_lines(path: Path, lines: list[bytes]) -> None:
-    """Replace a file, written aside first: a kill leaves the old one or the new."""
-    aside = path.with_name(path.name + ".partial")
-    aside.write_bytes(b"".join(line + b"\n" for line in lines))
-    os.replace(aside, path)
-
-
-def append(path: Path, rows: list[dict]) -> None:
-    """Add JSON lines to a file."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(without_nan(row), ensure_ascii=False) + "\n" for row in rows)
-
-
 def resume(config: Config, run: Path, state: State, world: World) -> bool:
     """Put the state at the checkpoint that `resume` names, if any; returns whether there was one."""
     folder = None if config.resume == "none" else Path(config.resume)
@@ -272,22 +214,6 @@ def resume(config: Config, run: Path, state: State, world: World) -> bool:
         if world.main:
             print(f"resuming from {folder}")
     return folder is not None
-
-
-def prepare_run(config: Config, run: Path, talk: Talk, step: int, world: World) -> None:
-    """Write down what the run is, and drop whatever in its directory lies behind `step`."""
-    run.mkdir(parents=True, exist_ok=True)
-    save_config(config, run / "config.json")
-    write_environment(run, world)
-    systems = json.dumps(talk.systems, ensure_ascii=False, indent=1)
-    (run / "system_prompts.json").write_text(systems + "\n", encoding="utf-8")
-    for name in ("metrics.jsonl", "dialogues.jsonl"):
-        cut_back(run / name, step)
-    later = [folder for folder in checkpoints(run) if int(folder.name[5:]) > step]
-    if later:  # of a branch that the user has left; resume=auto must not take it up again
-        print(f"removing {', '.join(folder.name for folder in later)}: the run goes on from step {step}")
-    for folder in later:
-        shutil.rmtree(folder)
 
 
 def evaluate_step(
@@ -324,36 +250,6 @@ def evaluate_step(
     world.barrier()
 
 
-def best_step(run: Path) -> int | None:
-    """The step whose evaluation had the highest score, the first of equals; None without any."""
-    path = run / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.is_file() else []
-    scored = [row for row in rows if row.get("eval/score") is not None]
-    return max(scored, key=lambda row: row["eval/score"])["step"] if scored else None
-
-
-def write_scalars(board: SummaryWriter, metrics: dict[str, float], step: int) -> None:
-    """TensorBoard's copy of the metrics."""
-    for name, amount in metrics.items():
-        if math.isfinite(amount):
-            board.add_scalar(name, amount, step)
-
-
-def write_usage(run: Path) -> None:
-    """usage.json: what the user's model cost over the whole run, evaluations apart (each has its own result.json).
-
-    Sums over the steps; of the latencies the median p50 and the largest p95 of any step.
-    """
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().split(b"\n")[:-1]]
-    total = {key: sum(row[key] for row in rows) for key in USAGE}
-    total["simulator/latency_p50"] = median(row["simulator/latency_p50"] for row in rows)
-    total["simulator/latency_p95"] = max(row["simulator/latency_p95"] for row in rows)
-    (run / "usage.json").write_text(json.dumps(total, indent=1) + "\n")
-    calls, tokens_in, tokens_out, cost = (total[key] for key in USAGE[:4])
-    spent = f"{calls:,} calls, {tokens_in:,} tokens in, {tokens_out:,} out, cost {cost:.2f}"
-    print(f"the user's model: {spent}; more in {run / 'usage.json'}")
-
-
 def describe_world(config: Config, state: State, world: World) -> str:
     """One line on how the run is spread out, and what whole weights cost in memory."""
     count = sum(p.numel() for p in state.policy.parameters())
@@ -362,20 +258,6 @@ def describe_world(config: Config, state: State, world: World) -> str:
     trained = sum(p.numel() for o in state.optimisers for group in o.param_groups for p in group["params"])
     return (f"{world.size} ranks, one copy of the weights on each {config.shard or world.size}, {world.dtype}; "
             f"{trained / 1e6:,.1f} M trained parameters; generation={config.generation}: {where}, on each rank")
-
-
-def log_step(
-    run: Path, step: int, dialogues: list[Dialogue], metrics: dict[str, float], board: SummaryWriter, bar: tqdm
-) -> None:
-    """What a step was, into the run's files and onto the screen."""
-    append(run / "dialogues.jsonl", [log_line(dialogue, step=step) for dialogue in dialogues])
-    append(run / "metrics.jsonl", [{"step": step, **metrics}])
-    write_scalars(board, metrics, step)
-    if metrics["skipped"]:
-        why = "numbers that are not finite, or nothing to learn from"
-        tqdm.write(f"ALARM step {step}: {why}; the weights were left as they are")
-    bar.update()
-    bar.set_postfix_str(f"emotion {metrics['emotion/final']:.1f}, {metrics['time/step']:.0f} s")
 
 
 def train(config: Config, user: User | None = None) -> Path:

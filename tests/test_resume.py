@@ -19,6 +19,7 @@ from runs import argv, assert_same_run, go, lowercase, metrics, restored, tiny_r
 from safetensors.torch import load_file
 
 import eval as evaluation
+import rundir
 import train
 from config import InputError
 from dist import World, check_files, checkpoints, load_checkpoint, save_checkpoint
@@ -57,8 +58,8 @@ def test_a_line_ends_at_a_newline_and_nowhere_else(tmp_path):
     """U+2028 and U+0085 stand raw in a dialogue when the policy samples them; str.splitlines would cut there."""
     path = tmp_path / "dialogues.jsonl"
     rows = [{"step": step, "text": "one\u2028two\u0085three"} for step in (1, 2, 3)]
-    train.append(path, rows)
-    train.cut_back(path, 2)
+    rundir.append(path, rows)
+    rundir.cut_back(path, 2)
     assert path.read_text(encoding="utf-8") == "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[:2])
 
 
