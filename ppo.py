@@ -9,18 +9,26 @@ import torch
 from torch import Tensor
 
 
-def gae(reward_N: Tensor, value_N: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae(
+    reward_N: Tensor, value_N: Tensor, gamma: float, lam: float, turns: list[int] | None = None
+) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation over the trained tokens of one dialogue, in order (GAE, eq. 11 to 16).
 
     User turns and glue are not in the vector, so nothing is discounted across them. The value behind the last token is
     0: every ending of a dialogue, the turn limit included, is a true end. Returns (advantages [N], returns [N]).
         reward 0 0 1, value .2 .5 .6, gamma = lam = 1:  advantage .8 .5 .4   return 1 1 1
+    With `turns`, the number of tokens in each, time passes from turn to turn: gamma and lam apply where one ends, and
+    are 1 within it. A reply is one action, all of whose tokens are to be praised for what it brought.
     """
+    step = torch.ones(len(value_N), dtype=torch.bool)  # after which tokens time passes
+    if turns:
+        step = torch.zeros(len(value_N), dtype=torch.bool).index_fill(0, torch.tensor(turns).cumsum(0) - 1, True)
     advantage_N = torch.zeros_like(value_N)
     carried, next_value = 0.0, 0.0
     for t in reversed(range(len(value_N))):
-        delta = reward_N[t] + gamma * next_value - value_N[t]
-        carried = delta + gamma * lam * carried
+        discount, decay = (gamma, lam) if step[t] else (1.0, 1.0)
+        delta = reward_N[t] + discount * next_value - value_N[t]
+        carried = delta + discount * decay * carried
         advantage_N[t] = carried
         next_value = value_N[t]
     return advantage_N, advantage_N + value_N

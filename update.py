@@ -170,8 +170,9 @@ def prepare(
 ) -> dict[str, float]:
     """Fill the pieces: old values and log-probabilities, then advantages and returns. Returns the metrics of that.
 
-    `rewards` has a vector per dialogue, over its trained tokens; `spans` the number of trained tokens in each part of
-    it that GRPO gives one advantage. Everything is joined by dialogue, whatever ranks its trajectories lie on.
+    `rewards` has a vector per dialogue, over its trained tokens; `spans` the number of trained tokens in each part that
+    is one action: its turns with credit=turn, else the whole dialogue. Everything is joined by dialogue, whatever ranks
+    its trajectories lie on.
     """
     several = config.minibatches * config.epochs > 1
     for piece in pieces:
@@ -195,7 +196,8 @@ def prepare(
     value = by_dialogue(pieces, [piece.old_value for piece in pieces], world)
     keys, advantage, returns = sorted(value), {}, {}
     for key in keys:
-        advantage[key], returns[key] = ppo.gae(rewards[key], value[key], config.gamma, config.lam)
+        turns = spans[key] if config.credit == "turn" else None
+        advantage[key], returns[key] = ppo.gae(rewards[key], value[key], config.gamma, config.lam, turns)
     if config.scale_advantage:
         white = ppo.whiten(torch.cat([advantage[key] for key in keys])).split([len(advantage[key]) for key in keys])
         advantage = dict(zip(keys, white))

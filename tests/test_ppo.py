@@ -35,6 +35,24 @@ def test_gae_equals_its_definition(tokens, gamma, lam):
     assert returns.tolist() == pytest.approx([a + float(v) for a, v in zip(expected, value)], abs=1e-9)
 
 
+@quick
+@given(st.lists(pairs, min_size=1, max_size=4), unit, unit)
+def test_by_turn_gae_equals_that_of_a_chain_whose_actions_are_turns(turns, gamma, lam):
+    """A_t = r_k + gamma V(first of k + 1) - V_t + gamma lam A(first of k + 1), r_k the sum from t to the turn's end."""
+    reward, value = tensors([pair for turn in turns for pair in turn])
+    advantage, returns = ppo.gae(reward, value, gamma, lam, [len(turn) for turn in turns])
+    expected, next_value, next_advantage, end = [], 0.0, 0.0, len(value)
+    for turn in reversed(turns):
+        begin = end - len(turn)
+        own = [
+            float(reward[t:end].sum()) + gamma * next_value - float(value[t]) + gamma * lam * next_advantage
+            for t in range(begin, end)
+        ]
+        expected, next_value, next_advantage, end = own + expected, float(value[begin]), own[0], begin
+    assert advantage.tolist() == pytest.approx(expected, abs=1e-9)
+    assert returns.tolist() == pytest.approx([a + float(v) for a, v in zip(expected, value)], abs=1e-9)
+
+
 def test_gae_of_the_example_in_its_docstring():
     advantage, returns = ppo.gae(torch.tensor([0, 0, 1.0]), torch.tensor([0.2, 0.5, 0.6]), 1.0, 1.0)
     torch.testing.assert_close(advantage, torch.tensor([0.8, 0.5, 0.4]))

@@ -268,7 +268,7 @@ def test_by_dialogue_joins_turns_in_order_and_scatter_is_the_way_back():
 def test_gae_runs_over_the_turns_of_a_dialogue_and_comes_back_to_the_right_tokens(gamma, lam, whitened):
     pieces, config = hand_made(), Config(gamma=gamma, lam=lam, scale_advantage=whitened)
     rewards = {A: torch.tensor([0, 0, 0.4]), B: torch.tensor([0.2, 0, 0, 0.9])}
-    prepare(State(None, None, nn.Identity(), None, []), config, pieces, rewards, BANNED, {}, World())
+    prepare(State(None, None, nn.Identity(), None, []), config, pieces, rewards, BANNED, {A: [3], B: [4]}, World())
     a, a_returns = ppo.gae(rewards[A], torch.tensor([0.1, 0.2, 0.3]), gamma, lam)
     b, b_returns = ppo.gae(rewards[B], torch.tensor([0.5, 0.6, 0.7, 0.8]), gamma, lam)
     if whitened:  # over all trained tokens of the batch, however they are packed
