@@ -49,6 +49,7 @@ from engine import Engine, hash_key
 from eval import describe, evaluate, join_evaluation, make_engine, make_talk, make_user, write_evaluation
 from llm import usage_metrics
 from logs import without_nan
+from plan import plan
 from rollout import MAX_FAILED, Dialogue, Job, Talk, run_dialogues
 from rundir import best_step, log_step, open_run, prepare_run, write_lines, write_scalars, write_usage
 from sentient import LLMUser
@@ -343,7 +344,11 @@ def train(config: Config, user: User | None = None) -> Path:
 
 def main(argv: list[str]) -> int:
     if "-h" in argv or "--help" in argv:
-        print(help_text("python train.py [configs/NAME.py] key=value ..."))
+        print(help_text("python train.py [configs/NAME.py] key=value ... [plan=GPUSxGB, prints the memory it needs]"))
+        return 0
+    machine = [arg.removeprefix("plan=") for arg in argv if arg.startswith("plan=")]
+    if machine:
+        print(plan(load_config([arg for arg in argv if not arg.startswith("plan=")]), machine[-1]))
         return 0
     config, main_rank = load_config(argv), int(os.environ.get("RANK", 0)) == 0
     try:

@@ -1,9 +1,8 @@
 """The paper's PPO without thinking: Qwen2.5-7B-Instruct, 32 dialogues a step, 8 turns, a critic of its own.
 
-    torchrun train.py configs/ppo.py
+    torchrun --nproc-per-node 8 train.py configs/ppo.py user=llm user_url=... user_model=...
 
-Hardware: meant for 8 x 80 GB; not yet run. A single process holds policy and critic in fp32 with Adam, about 240 GB,
-so that today this file loads and validates, and trains where one device has that room. Steps: the paper's curves end
+Hardware: 8 GPUs of 80 GB, of which the plan (plan=8x80) fills 52 GB each; not yet run. Steps: the paper's curves end
 at 350. The paper's result (DeepSeek-V3 as the user): Sentient score 61.7, success 24, failure 23.
 """
 
