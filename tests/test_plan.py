@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import plan as planner
 from config import Config, InputError, load_config
-from model import ModelConfig, PackedAttention, Transformer, predictors, token_logprobs
+from model import ModelConfig, PackedAttention, Transformer, add_adapters, predictors, token_logprobs
 from plan import ALWAYS, BACKWARD, EVALUATION, LOSS, ROLLOUT, memory, parameters, peak, plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -81,29 +81,11 @@ def test_a_hub_name_finds_its_shape_without_the_hub(tmp_path):
 # ---- activations
 
 
-class Adapted(nn.Module):
-    """A frozen linear layer with a low-rank adapter."""
-
-    def __init__(self, base: nn.Linear, rank: int):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.down = nn.Linear(base.in_features, rank, bias=False)
-        self.up = nn.Linear(rank, base.out_features, bias=False)
-
-    def forward(self, x):
-        return self.base(x) + 0.5 * self.up(self.down(x))
-
-
 def kept_by_autograd(raw: dict, dtype: torch.dtype, lora: Config | None) -> int:
     """Bytes of the distinct storages that a forward pass over 160 packed tokens leaves for the backward pass."""
     model = Transformer(raw)
     if lora:
-        model.requires_grad_(False)
-        for block in model.model.layers:
-            for part in (block.self_attn, block.mlp):
-                for name, child in list(part.named_children()):
-                    if name in lora.lora_targets.split(","):
-                        setattr(part, name, Adapted(child, lora.lora_rank))
+        add_adapters(model, ["policy", "critic"], lora.lora_rank, 8.0, lora.lora_targets.split(","))
     model.to(dtype)
     weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
