@@ -228,9 +228,10 @@ def evaluate_step(
     path, step = run / "metrics.jsonl", state.step
     if not config.eval_every or not step or step % config.eval_every:
         return
-    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    lines = path.read_bytes().split(b"\n")[:-1] if world.main and path.is_file() else []
     row = json.loads(lines[-1]) if lines else {"step": 0}
-    if row["step"] != step or "eval/score" in row:
+    pending = row["step"] == step and "eval/score" not in row
+    if not world.gather(pending)[0]:  # the main rank's word: a network file system may show others an older file
         return
     record = Path(config.record_file or run / "record.jsonl")  # all evaluations have the same seeds: a file for each
     record = record.with_name(f"{record.stem}.eval_{step}{record.suffix}")
@@ -248,7 +249,6 @@ def evaluate_step(
         scores = {f"eval/{key}": result[key] for key in ("score", "success", "failure")}
         write_lines(path, [*lines[:-1], json.dumps(without_nan(row | scores)).encode()])
         write_scalars(board, scores, step)
-    world.barrier()
 
 
 def describe_world(config: Config, state: State, world: World) -> str:
@@ -300,7 +300,7 @@ def train(config: Config, user: User | None = None) -> Path:
         try:
             while True:
                 evaluate_step(config, run, state, chat.tokenizer, tests, board, world, interrupts)
-                if saved != state.step and best_step(run) == state.step:
+                if saved != state.step and world.gather(world.main and best_step(run) == state.step)[0]:
                     saved = save()
                 if state.step >= config.steps:
                     break
@@ -320,7 +320,6 @@ def train(config: Config, user: User | None = None) -> Path:
                 skipped = skipped + 1 if metrics["skipped"] else 0
                 if world.main:
                     log_step(run, state.step, dialogues, metrics, board, bar)
-                world.barrier()  # what the others read of the run is written
                 if state.step == config.steps or (config.save_every and state.step % config.save_every == 0):
                     saved = save()
                 if skipped >= MAX_SKIPPED:
