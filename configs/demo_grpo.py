@@ -1,5 +1,5 @@
-"""The demo with GRPO in place of PPO: a step is 2 people x 16 dialogues, and the 6 with each person whose rewards vary
-most are learnt from. A turn's advantage is the emotion still to come, against that of the others' same turn; no critic.
+"""The demo with GRPO in place of PPO: a turn's advantage is the emotion still to come, against that of the others' same
+turn with the same person; no critic.
 
     python scripts/demo.py configs/demo_grpo.py
 """
@@ -8,6 +8,4 @@ import dataclasses
 
 from configs.demo import config as demo
 
-config = dataclasses.replace(
-    demo, algorithm="grpo", credit="turn", groups=2, group_size=16, learn_from=6, steps=16, lr_schedule="linear"
-)
+config = dataclasses.replace(demo, algorithm="grpo")
