@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,15 +32,15 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from config import Config, InputError
-from model import PackedAttention, Transformer
-from weights import read_json, whole, whole_weights
+from model import PackedAttention, Transformer, add_adapters
+from weights import read_json, sync, whole
 
 PATIENCE = timedelta(hours=12)  # how long a rank waits for another whose users are slow
 FILE_BYTES = 1 << 30  # of one checkpoint file, over all ranks: a rank holds two copies of its part while it writes
 
 
 class SaveError(Exception):
-    """A checkpoint could not be written; the one before is untouched. The message is one line."""
+    """A checkpoint or a model could not be written; those before are untouched. The message is one line."""
 
 
 # A single process is meant where there is no process group; DCP warns of it at every save and load.
@@ -96,7 +97,7 @@ def start(config: Config) -> World:
     half = config.precision == "bf16" or (cuda and config.precision == "auto")
     if not several and not cuda:
         if half:
-            raise InputError("option 'precision' is bf16, which wants a GPU; use precision=fp32 on a CPU")
+            raise InputError("option 'precision' is bf16, which a single process on a CPU cannot; use precision=fp32")
         return World(device=device)
     if cuda:
         torch.cuda.set_device(device)
@@ -150,22 +151,34 @@ def gathered(model: Transformer, world: World):
     finally:
         for part in parts:
             part.set_reshard_after_forward(part is not model, recurse=False)
+        release(model)
+
+
+def release(model: Transformer) -> None:
+    """Free what a forward pass without a backward pass left gathered."""
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
             part.reshard()
 
 
-def make_replica(model: Transformer, world: World) -> Transformer:
-    """A second, whole copy of the policy in the compute precision, its adapter merged in; `refill` gives it values."""
+def make_replica(model: Transformer, config: Config, world: World) -> Transformer:
+    """A second, whole copy of the policy in the compute precision; `refill` gives it values.
+
+    Its adapter stays apart: merged into bf16 weights most of it would be rounded away.
+    """
     with torch.device("meta"):
         replica = Transformer(model.raw)
+        if config.lora_rank:
+            add_adapters(replica, ["policy"], config.lora_rank, config.lora_alpha, config.lora_targets.split(","))
     return replica.to(world.dtype).to_empty(device=world.device).requires_grad_(False)
 
 
 @torch.no_grad()
 def refill(replica: Transformer, model: Transformer) -> None:
     """Copy the policy's weights into its replica; all ranks together."""
-    places = dict(replica.named_parameters())
-    for name, tensor in whole_weights(model):
-        places[name].copy_(tensor)
+    found = dict(model.named_parameters())
+    for name, place in replica.named_parameters():
+        place.copy_(whole(found[name]))
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float, world: World) -> float:
@@ -215,13 +228,13 @@ def save_checkpoint(
 ) -> Path:
     """Write ckpt/step_N, all ranks together. Raises SaveError, on every rank, where the disk is full or the like."""
     folder, aside = run / "ckpt" / f"step_{step}", run / "ckpt" / f"step_{step}.partial"
-    why = ""
-    try:
-        if world.main:
-            for left in folder.parent.glob("*.partial"):  # by a kill
-                shutil.rmtree(left)
-            aside.mkdir(parents=True)
-        world.barrier()
+
+    def begin() -> None:
+        for left in folder.parent.glob("*.partial"):  # by a kill
+            shutil.rmtree(left)
+        aside.mkdir(parents=True)
+
+    def write() -> None:
         tensors = {**checkpoint_tensors(modules, optimisers), "rng": torch.get_rng_state()}
         files, size = {}, 0
         for name, tensor in tensors.items():
@@ -229,34 +242,42 @@ def save_checkpoint(
             files[name] = 1 + size // FILE_BYTES
         writer = dcp.HuggingFaceStorageWriter(str(aside), files, save_distributed=True)
         dcp.save(tensors, storage_writer=writer, process_group=world.group, no_dist=world.mesh is None)
-        if world.main:
-            about = {"step": step, "ranks": world.size, "dtype": str(world.dtype).removeprefix("torch.")}
-            sizes = {file.name: file.stat().st_size for file in sorted(aside.iterdir())}
-            with open(aside / "state.json", "w") as file:
-                file.write(json.dumps({**about, "files": sizes}, indent=1) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(aside, folder)
-            sync_folder(folder.parent)
-    except (OSError, CheckpointException) as error:
-        causes = [cause[0] for cause in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-        why = str(causes[0]).strip().splitlines()[-1]
-    why = next((said for said in world.gather(why) if said), "")
-    if why:
-        if world.main:
-            shutil.rmtree(aside, ignore_errors=True)
-        last = checkpoints(run)[-1:]
-        left = f"the last good checkpoint is {last[0]}" if last else "there is no checkpoint yet"
-        raise SaveError(f"{folder}: could not be written ({why}); {left}")
+
+    def finish() -> None:
+        about = {"step": step, "ranks": world.size, "dtype": str(world.dtype).removeprefix("torch.")}
+        about["files"] = {file.name: file.stat().st_size for file in sorted(aside.iterdir())}
+        (aside / "state.json").write_text(json.dumps(about, indent=1) + "\n")
+        sync(aside / "state.json")
+        sync(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(aside, folder)
+        sync(folder.parent)
+
+    for stage, everyone in ((begin, False), (write, True), (finish, False)):
+        try:
+            agree(world, folder, stage if everyone or world.main else None)
+        except SaveError as error:
+            if world.main:
+                shutil.rmtree(aside, ignore_errors=True)
+            last = checkpoints(run)[-1:]
+            left = f"the last good checkpoint is {last[0]}" if last else "there is no checkpoint yet"
+            raise SaveError(f"{error}; {left}") from None
     return folder
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename in this folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def agree(world: World, what: Path, work: Callable[[], object] | None) -> None:
+    """Do the `work` of writing `what`, where there is some; if any rank could not write, raise SaveError on all."""
+    why = ""
+    try:
+        if work:
+            work()
+    except CheckpointException as error:
+        why = next(str(cause[0]) or repr(cause[0]) for cause in error.failures.values())
+    except (OSError, SafetensorError) as error:
+        why = str(error) or repr(error)
+    why = next((said for said in world.gather(why) if said), "")
+    if why:
+        raise SaveError(f"{what}: could not be written ({why.strip().splitlines()[-1]})")
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -269,7 +290,9 @@ def prune(run: Path, keep: int, best: int | None) -> None:
     """Leave only the newest `keep` checkpoints, and that of step `best`."""
     for old in checkpoints(run)[:-keep]:
         if old.name != f"step_{best}":
-            shutil.rmtree(old)
+            half = old.with_name(f"{old.name}.partial")  # never a step_N that lacks a file
+            os.replace(old, half)
+            shutil.rmtree(half, ignore_errors=True)
 
 
 def check_files(folder: Path) -> int:
@@ -294,23 +317,28 @@ def check_files(folder: Path) -> int:
 
 
 def newest_sound(run: Path, world: World) -> Path | None:
-    """The newest checkpoint of a run whose files are all there, with a warning for each that is passed over.
+    """The newest checkpoint of a run whose files are all there; each that is passed over is renamed, with a warning.
 
-    None where there is no checkpoint at all. Raises InputError where all are damaged.
+    None where there is no checkpoint at all. Raises InputError where all are damaged. The main rank decides for all.
     """
-    passed_over = []
-    for folder in reversed(checkpoints(run)):
+    found, passed_over = None, []
+    for folder in reversed(checkpoints(run)) if world.main else ():
         try:
             check_files(folder)
+            found = folder
+            break
         except InputError as error:
-            passed_over.append(str(error))
-            continue
-        for problem in passed_over if world.main else ():
-            print(f"warning: {problem}; going back to {folder}", file=sys.stderr)
-        return folder
-    if passed_over:
-        raise InputError(f"{passed_over[0]}; the run has no sound one, remove {run / 'ckpt'} to begin again")
-    return None
+            passed_over.append((folder, str(error)))
+    if found:
+        for folder, problem in passed_over:
+            aside = folder.with_name(f"{folder.name}.damaged")
+            print(f"warning: {problem}; it is now {aside.name}; going back to {found}", file=sys.stderr)
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(folder, aside)
+    found, passed_over = world.gather((found, passed_over))[0]
+    if passed_over and not found:
+        raise InputError(f"{passed_over[0][1]}; the run has no sound one, remove {run / 'ckpt'} to begin again")
+    return found
 
 
 def load_checkpoint(

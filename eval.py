@@ -119,13 +119,13 @@ def make_talk(config: Config, training: bool) -> Talk:
 
 def evaluate(
     config: Config, model: Transformer, tokenizer, profiles: list[Profile], title: str, log: Path | None = None,
-    world: World | None = None,
+    world: World | None = None, check=None,
 ) -> tuple[dict[tuple, dict], tuple]:
     """Hold `eval_dialogues` benchmark dialogues with each profile under each seed, with the same noise at every call.
 
     Returns log lines by (seed, *key), and the use of a language model as the user (`Usage.drain`); of several ranks
     each holds its share. With `log` every dialogue is written there as it ends, and those that it holds already are
-    not held again; failed ones are.
+    not held again; failed ones are. `check` as in `run_dialogues`.
     """
     chat, talk, world = make_chat(tokenizer, config.think), make_talk(config, training=False), world or World()
     rows = {(row["seed"], *row["key"]): row for row in held_before(log)}
@@ -150,7 +150,7 @@ def evaluate(
             jobs = [Job((i, j), people[i]) for i, j in numbers if (seed, i, j) not in rows]
             user = make_user(config, config.eval_start_emotion, config.eval_user_mode)
             engine.forget()
-            run_dialogues(jobs, engine, chat, user, talk, (seed, EVAL_STREAM), bar.update, keep)
+            run_dialogues(jobs, engine, chat, user, talk, (seed, EVAL_STREAM), bar.update, keep, check)
         if isinstance(user, LLMUser):
             spent = user.client.usage.drain()
     return rows, spent
@@ -239,7 +239,8 @@ def command_export(argv: list[str]) -> int:
     if out.exists():
         raise InputError(f"{out}: exists already; give another folder or remove it")
     model, tokenizer = restore_policy(config, checkpoint, World()), load_tokenizer(config.tokenizer or config.model)
-    dtype = getattr(torch, read_json(checkpoint / "state.json")["dtype"])
+    # An adapter's changes are smaller than the spacing of bf16 numbers: merged ones stay in fp32.
+    dtype = torch.float32 if config.lora_rank else getattr(torch, read_json(checkpoint / "state.json")["dtype"])
     save_model(model, tokenizer, out, dtype=dtype)
     if config.lora_rank:
         save_adapter(model, config.model, config.lora_rank, config.lora_alpha, out / "adapter")

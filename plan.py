@@ -109,9 +109,9 @@ def memory(config: Config, c: ModelConfig, gpus: int, dialogues: int = 0) -> dic
     wrapped = gpus > 1 or width == 2
     whole = width * parameters(c) * wrapped
     found = {ALWAYS: weights_always(config, c, config.shard or gpus, width)}
-    found[ALWAYS]["replica of the policy"] = whole if config.generation == "replica" else 0  # adapters merged
+    whole += width * lora_parameters(config, c) * wrapped if config.lora_rank else 0
+    found[ALWAYS]["replica of the policy"] = whole if config.generation == "replica" else 0
     gathered = whole if config.generation == "inplace" else 0
-    gathered += width * lora_parameters(config, c) * wrapped if gathered and config.lora_rank else 0
     for phase, count, part in ((ROLLOUT, config.groups, "KV cache"), (EVALUATION, dialogues, "its KV cache")):
         slots = min(config.slots, -(-count // gpus) * (config.group_size if phase == ROLLOUT else 1))
         cache = cache_bytes(c, slots, config.context_tokens, width)

@@ -104,17 +104,20 @@ class Job:
 
 def run_dialogues(
     jobs: list[Job], engine: Engine, chat: Chat, user: User, talk: Talk, seed: tuple[int, ...], progress=None,
-    on_end=None,
+    on_end=None, check=None,
 ) -> list[Dialogue]:
     """Hold all the dialogues, more than slots if need be; returned in key order.
 
     `seed`, for example (seed, step), together with a dialogue's key determines all its noise. A profile without a
     first line gets one from its user, once for the whole group. `progress(n)` is called as n replies are done or will
-    not be needed, len(jobs) * max_turns in all; `on_end(dialogue)` as each ends.
+    not be needed, len(jobs) * max_turns in all; `on_end(dialogue)` as each ends; `check()` before each step of the
+    engine, and what it raises ends the rollout there, never within a forward pass.
     """
     stage = Stage(engine, chat, user, talk, seed, progress, on_end)
     waiting = sorted(jobs, key=lambda job: job.key)
     while waiting or stage.active:
+        if check:
+            check()
         waiting = stage.admit(waiting)
         # Wait for users only when the engine has nothing to do.
         for key, answer in sorted(user.poll(0.0 if engine.busy else 1.0), key=lambda pair: pair[0]):

@@ -5,6 +5,8 @@ sees to it that a run that goes on finds them as they were at its checkpoint. Ch
 """
 
 import dataclasses
+import errno
+import fcntl
 import json
 import math
 import os
@@ -13,6 +15,7 @@ import shutil
 import subprocess
 from pathlib import Path
 from statistics import median
+from typing import IO
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -23,7 +26,9 @@ from dist import World, checkpoints
 from logs import without_nan
 from offline import user_hash
 from rollout import Dialogue, Talk, log_line
+from weights import sync
 
+LOCK = ".lock"
 USAGE = [f"simulator/{key}" for key in (
     "llm_calls", "tokens_in", "tokens_out", "cost", "retries", "parse_failures", "clamped", "failed")]  # fmt: skip
 
@@ -42,9 +47,31 @@ def open_run(config: Config) -> Path:
             if old != new and f.name not in MAY_CHANGE:
                 other = f"{f.name}={old}"
                 raise InputError(f"{run}: was begun with {other}, not {new}; give another run=DIR, or {other} to go on")
-    elif run.exists() and any(path.name != "eval" for path in run.iterdir()):
+    elif run.exists() and any(path.name not in ("eval", LOCK) for path in run.iterdir()):
         raise InputError(f"{run}: is not empty and not a run; give another run=DIR")
     return run
+
+
+def lock_run(run: Path) -> IO:
+    """Hold the run for this process; the system lets go of it when the file is closed or the process dies.
+
+    Raises InputError where another process trains in it: one that was started twice, or a rank that outlived torchrun.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    file = open(run / LOCK, "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            return file  # a file system without locks
+        file.seek(0)
+        who = file.read().strip() or "unknown"
+        file.close()
+        raise InputError(f"{run}: process {who} is training in it; wait or stop it, or give another run=DIR") from None
+    file.truncate(0)
+    file.write(f"{os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
 
 
 def write_environment(run: Path, world: World) -> None:
@@ -87,6 +114,7 @@ def write_lines(path: Path, lines: list[bytes]) -> None:
     """Replace a file, written aside first: a kill leaves the old one or the new."""
     aside = path.with_name(path.name + ".partial")
     aside.write_bytes(b"".join(line + b"\n" for line in lines))
+    sync(aside)
     os.replace(aside, path)
 
 
@@ -94,6 +122,8 @@ def append(path: Path, rows: list[dict]) -> None:
     """Add JSON lines to a file."""
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(without_nan(row), ensure_ascii=False) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())  # a checkpoint on disk must not be ahead of its log
 
 
 def best_step(run: Path) -> int | None:

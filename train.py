@@ -19,14 +19,17 @@ import errno
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import fmean, pstdev
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -35,6 +38,7 @@ from config import Config, InputError, help_text, load_config
 from dist import (
     SaveError,
     World,
+    agree,
     checkpoints,
     close,
     gathered,
@@ -51,7 +55,7 @@ from llm import usage_metrics
 from logs import without_nan
 from plan import plan
 from rollout import MAX_FAILED, Dialogue, Job, Talk, run_dialogues
-from rundir import best_step, log_step, open_run, prepare_run, write_lines, write_scalars, write_usage
+from rundir import best_step, lock_run, log_step, open_run, prepare_run, write_lines, write_scalars, write_usage
 from sentient import LLMUser
 from simulator import Profile, User, load_profiles
 from update import State, build, update
@@ -72,10 +76,13 @@ class Stop(Exception):
 
 
 class Interrupts:
-    """SIGINT and SIGTERM within a `with` block: a rollout or an evaluation is abandoned, all else is finished."""
+    """SIGINT and SIGTERM within a `with` block: remembered, and raised as Stop by the next `check`.
+
+    A rollout and an evaluation check before each step of the engine, hence are abandoned; an update is finished.
+    """
 
     def __enter__(self) -> "Interrupts":
-        self.abandon, self.received = False, 0
+        self.received = 0
         self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -85,31 +92,19 @@ class Interrupts:
 
     def handle(self, number: int, frame) -> None:
         self.received = number
-        if self.abandon:
-            self.check()
 
     def check(self) -> None:
         """Raise Stop if a signal has come."""
         if self.received:
             raise Stop(f"stopped by {signal.Signals(self.received).name}", 128 + self.received)
 
-    @contextmanager
-    def may_abandon(self):
-        """Within this block a signal raises Stop at once."""
-        self.check()
-        self.abandon = True
-        try:
-            yield
-        finally:
-            self.abandon = False
 
-
-def together(world: World, interrupts: Interrupts, work) -> list:
+def together(world: World, interrupts: Interrupts, work: Callable[[], object]) -> list:
     """Every rank's `work()`, on every rank. A signal that any of them has received raises Stop on them all."""
     result = stop = None
     try:
-        with interrupts.may_abandon():
-            result = work()
+        interrupts.check()
+        result = work()
     except Stop as signalled:
         stop = (str(signalled), signalled.code)
     parts = world.gather((result, stop))
@@ -179,7 +174,7 @@ def roll_out(
         with tqdm(total=len(jobs) * talk.max_turns, desc=f"rollout {title}", unit="reply", leave=False,
                   dynamic_ncols=True, disable=not world.main) as bar:
             try:
-                dialogues = run_dialogues(jobs, engine, chat, user, talk, seed, bar.update)
+                dialogues = run_dialogues(jobs, engine, chat, user, talk, seed, bar.update, check=interrupts.check)
             except FloatingPointError as problem:
                 error = str(problem)
         return dialogues, error, engine.tokens_sampled, engine.tokens_prefilled, time.perf_counter() - begun
@@ -205,8 +200,8 @@ def roll_out(
     raise Stop(f"{share}, twice; the first said: {failed[0].why}", 1)
 
 
-def resume(config: Config, run: Path, state: State, world: World) -> bool:
-    """Put the state at the checkpoint that `resume` names, if any; returns whether there was one."""
+def resume(config: Config, run: Path, state: State, world: World) -> Path | None:
+    """Put the state at the checkpoint that `resume` names, if any; returns its folder."""
     folder = None if config.resume == "none" else Path(config.resume)
     if config.resume == "auto":
         folder = newest_sound(run, world)
@@ -214,7 +209,7 @@ def resume(config: Config, run: Path, state: State, world: World) -> bool:
         state.step = load_checkpoint(folder, state.modules, state.optimisers)
         if world.main:
             print(f"resuming from {folder}")
-    return folder is not None
+    return folder
 
 
 def evaluate_step(
@@ -238,11 +233,20 @@ def evaluate_step(
     heard, sampler = dataclasses.replace(config, record_file=str(record)), state.sampler or state.policy
     if state.sampler:
         refill(state.sampler, state.policy)
+
+    def hold() -> tuple | str:
+        title = f"evaluation {step}"
+        try:
+            return evaluate(heard, sampler, tokenizer, tests, title, world=world, check=interrupts.check)
+        except FloatingPointError as problem:
+            return str(problem)
+
     with gathered(sampler, world):
-        parts = together(
-            world, interrupts, lambda: evaluate(heard, sampler, tokenizer, tests, f"evaluation {step}", world=world)
-        )
-    if world.main:
+        parts = together(world, interrupts, hold)
+    error = next((part for part in parts if isinstance(part, str)), "")
+    if error and world.main:
+        tqdm.write(f"ALARM evaluation {step}: {error}; it has no score")
+    elif world.main:
         rows, cost = join_evaluation(config, parts)
         about = describe(config, f"{run} step {step}")
         result = write_evaluation(run / "eval" / f"step_{step}", config, about, rows, cost)
@@ -277,6 +281,7 @@ def train(config: Config, user: User | None = None) -> Path:
         return model
     user = user or make_user(config, config.start_emotion, config.user_mode)
     world.barrier()  # all have looked at the run before one of them writes in it
+    lock = lock_run(run) if world.main else nullcontext()
     if world.main:
         prepare_run(config, run, talk, state.step, world)
     board = SummaryWriter(run / "tb", purge_step=state.step + 1) if world.main else None
@@ -285,7 +290,8 @@ def train(config: Config, user: User | None = None) -> Path:
     world.barrier()
     count, head = -(-config.groups // world.size) * config.group_size, None if state.critic else state.value_head
     engine = make_engine(config, state.sampler or state.policy, chat, config.temperature, count, head, world.dtype)
-    saved, skipped = state.step if resumed else -1, 0
+    here = resumed and resumed.resolve().parent == (run / "ckpt").resolve()
+    saved, skipped = state.step if here else -1, 0
 
     def save() -> int:
         save_checkpoint(run, state.step, state.modules, state.optimisers, world)
@@ -296,7 +302,7 @@ def train(config: Config, user: User | None = None) -> Path:
 
     bar = tqdm(total=config.steps, initial=state.step, desc=config.algorithm, unit="step", dynamic_ncols=True,
                disable=not world.main)
-    with Interrupts() as interrupts, board or nullcontext(), bar:
+    with lock, Interrupts() as interrupts, board or nullcontext(), bar:
         try:
             while True:
                 evaluate_step(config, run, state, chat.tokenizer, tests, board, world, interrupts)
@@ -329,14 +335,15 @@ def train(config: Config, user: User | None = None) -> Path:
             if saved != state.step:
                 save()
             raise
-        save_model(state.policy, chat.tokenizer, model, world.main, world.dtype)
         if config.lora_rank:
-            save_adapter(
-                state.policy, config.model, config.lora_rank, config.lora_alpha, run / "adapter", world.main
-            )
+            adapter = run / "adapter"
+            agree(world, adapter, lambda: save_adapter(
+                state.policy, config.model, config.lora_rank, config.lora_alpha, adapter, world.main))  # fmt: skip
         if isinstance(user, LLMUser) and world.main:
             write_usage(run)
-        world.barrier()
+        dtype = torch.float32 if config.lora_rank else world.dtype
+        # Last, since a folder of that name says that the run is finished.
+        agree(world, model, lambda: save_model(state.policy, chat.tokenizer, model, world.main, dtype))
         interrupts.check()
     return model
 
@@ -368,7 +375,10 @@ def main(argv: list[str]) -> int:
     finally:
         close()
     if main_rank:
-        print(f"{said} with: python train.py {' '.join(argv)}", file=sys.stderr)
+        # A checkpoint that was named is where the run came from, not where it is now.
+        same = [arg for arg in argv if not arg.startswith("resume=") or arg == "resume=auto"]
+        launcher = "torchrun ..." if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "python"
+        print(f"{said} with: {launcher} train.py {shlex.join(same)}", file=sys.stderr)
     return code
 
 
@@ -376,6 +386,6 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except InputError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once a node: what is missing may be so on one of them alone
             print(error, file=sys.stderr)
         sys.exit(2)

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 import grpo
 import ppo
 from config import Config
-from dist import World, clip_gradients, make_replica, shard
+from dist import World, clip_gradients, make_replica, release, shard
 from engine import hash_key
 from model import PackedAttention, Transformer, ValueHead, add_adapters, predictors, token_logprobs
 from rollout import Batch, Dialogue, Trajectory, balance, pack, split, token_rewards, trajectories
@@ -89,7 +89,7 @@ def build(config: Config, world: World) -> State:
     optimisers = [torch.optim.AdamW(chosen, betas=(0.9, 0.95), fused=True) for chosen in sets]
     state = State(policy, critic, head, reference, optimisers)
     if world.mesh is not None and config.generation == "replica":
-        state.sampler = make_replica(policy, world)
+        state.sampler = make_replica(policy, config, world)
     return state
 
 
@@ -184,6 +184,8 @@ def prepare(
             piece.old_value = values(state, piece.batch)
         elif state.value_head:  # a baseline need only be a function of the state: the sampler's serves, and is free
             piece.old_value = piece.batch.value_T[piece.batch.mask_T]
+    if state.reference and state.reference is not state.policy:
+        release(state.reference)
     if config.kl_coef and config.kl == "reward":  # k1 per trained token
         k1 = by_dialogue(pieces, [piece.old_logp - piece.reference_logp for piece in pieces], world)
         rewards = {key: reward_N - config.kl_coef * k1[key] for key, reward_N in rewards.items()}

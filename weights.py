@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ def read_json(path: Path) -> dict:
             raise ValueError("an object is expected")
         return raw
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; a Hugging Face model folder is expected") from None
+        raise InputError(f"{path}: no such file; a model folder and a checkpoint have one") from None
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})") from None
 
@@ -160,22 +161,38 @@ def whole_weights(model: Transformer, adapter: str = "policy") -> Iterator[tuple
         yield name, tensor
 
 
-def replace_folder(aside: Path, folder: Path) -> None:
-    """Put a folder that was written aside in the place of another. A kill leaves the old one, or nothing but .old."""
-    old = folder.with_name(folder.name + ".old")
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(aside, folder)
-    shutil.rmtree(old, ignore_errors=True)
+@contextmanager
+def written_aside(folder: Path) -> Iterator[Path]:
+    """An empty FOLDER.partial to write into, which takes the folder's place once it is whole and on disk.
 
-
-def fresh_aside(folder: Path) -> Path:
-    """An empty FOLDER.partial to write into; what a kill left of an earlier one is removed."""
+    A kill leaves the old folder, or it as FOLDER.old beside nothing; the next call cleans up. An exception leaves the
+    old one.
+    """
     aside, old = (folder.with_name(folder.name + ending) for ending in (".partial", ".old"))
     for left in (aside, old):
         shutil.rmtree(left, ignore_errors=True)
     aside.mkdir(parents=True)
-    return aside
+    try:
+        yield aside
+        for path in [*aside.rglob("*"), aside]:
+            sync(path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(aside, folder)
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Make what was written to a file, or renamed within a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def save_model(
@@ -183,7 +200,8 @@ def save_model(
 ) -> None:
     """Write a Hugging Face folder: config.json, safetensors of at most 5 GB each, tokenizer; adapters are merged in.
 
-    Every rank calls this, the `main` one writes. Written aside, then renamed.
+    Every rank calls this, the `main` one writes. A merged model wants fp32: what an adapter adds is smaller than the
+    spacing of bf16 numbers.
     """
     from huggingface_hub import save_torch_state_dict
 
@@ -193,13 +211,12 @@ def save_model(
             gathered[name] = tensor.to("cpu", dtype).contiguous()
     if not main:
         return
-    aside = fresh_aside(folder)
     raw = {**model.raw, "architectures": [FAMILIES[model.config.family]], "dtype": str(dtype).removeprefix("torch.")}
     raw.pop("torch_dtype", None)
-    (aside / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-    save_torch_state_dict(gathered, aside)
-    tokenizer.save_pretrained(aside)
-    replace_folder(aside, folder)
+    with written_aside(folder) as aside:
+        (aside / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        save_torch_state_dict(gathered, aside)
+        tokenizer.save_pretrained(aside)
 
 
 def save_adapter(model: Transformer, base: str, rank: int, alpha: float, folder: Path, main: bool = True) -> None:
@@ -212,11 +229,10 @@ def save_adapter(model: Transformer, base: str, rank: int, alpha: float, folder:
             targets.add(path.rpartition(".")[2])
     if not main:
         return
-    aside = fresh_aside(folder)
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank, "lora_alpha": alpha,
         "target_modules": sorted(targets), "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
     }  # fmt: skip
-    (aside / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
-    save_file(gathered, aside / "adapter_model.safetensors", metadata={"format": "pt"})
-    replace_folder(aside, folder)
+    with written_aside(folder) as aside:
+        (aside / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+        save_file(gathered, aside / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -27,17 +27,34 @@ PASSED_OVER = ("rng",)  # torch's own state as a process begins; nothing draws f
 
 
 def launch(run: Path, ranks: int) -> subprocess.Popen:
-    """train.py in a session of its own, so that one signal reaches every process of it."""
+    """train.py, under torchrun if on several ranks."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *torchrun, "train.py", "configs/tiny.py", f"run={run}", *OPTIONS]
     log = open(run.with_suffix(".log"), "a")
-    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
 
 
 def steps_done(run: Path) -> int:
     """Whole lines in metrics.jsonl."""
     path = run / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def family(pid: int) -> list[int]:
+    """A process and all below it: torchrun's ranks have sessions of their own, which outlive it."""
+    found = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    pairs, below = [tuple(map(int, line.split())) for line in found.splitlines()], [pid]
+    for one in below:
+        below += [child for child, parent in pairs if parent == one]
+    return below
+
+
+def alive(pid: int) -> bool:
+    """Whether a process still runs; one that is dead and not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def kill_somewhere(run: Path, ranks: int, dice: random.Random, saving: bool) -> str:
@@ -50,14 +67,18 @@ def kill_somewhere(run: Path, ranks: int, dice: random.Random, saving: bool) -> 
         if process.poll() is not None:
             raise SystemExit(f"the run ended by itself with {process.returncode}; see {run.with_suffix('.log')}")
         time.sleep(0.005)
+    members = family(process.pid)
     time.sleep(dice.uniform(0, 0.5))
     while saving and process.poll() is None and not list(run.glob("ckpt/*.partial")):
         time.sleep(0.0005)
     time.sleep(dice.uniform(0, 0.02) if saving else 0)
     if process.poll() is not None:
         raise SystemExit("the run was over before the last kill; raise STEPS")
-    os.killpg(process.pid, signal.SIGKILL)
+    for one in members:
+        os.kill(one, signal.SIGKILL)
     process.wait()
+    while any(alive(one) for one in members):
+        time.sleep(0.005)
     partial = [path.name for path in run.glob("ckpt/*.partial")]
     newest = max((int(p.name[5:]) for p in run.glob("ckpt/step_*") if p.suffix != ".partial"), default=0)
     where = f"while {partial[0]} was written" if partial else "between saves"

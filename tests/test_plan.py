@@ -220,8 +220,9 @@ def test_every_option_that_costs_memory_costs_what_it_says():
     assert lora["policy's adapters: Adam"] == 8 * 28 * 8 * widths
     rank = qwen("7B", lora_rank=8)
     assert memory(rank, c, 1)[ROLLOUT]["policy, gathered"] == two_bytes + 2 * 28 * 8 * widths
-    merged = memory(dataclasses.replace(rank, generation="replica"), c, 1)
-    assert merged[ALWAYS]["replica of the policy"] == two_bytes and "policy, gathered" not in merged[ROLLOUT]
+    replica = memory(dataclasses.replace(rank, generation="replica"), c, 1)
+    assert replica[ALWAYS]["replica of the policy"] == two_bytes + 2 * 28 * 8 * widths
+    assert "policy, gathered" not in replica[ROLLOUT]
 
 
 def test_a_process_on_the_cpu_gathers_nothing_and_computes_in_fp32():

@@ -83,6 +83,16 @@ def test_going_back_to_an_older_checkpoint_forgets_the_newer_ones(tiny):
     assert [row["step"] for row in metrics(config)] == [1, 2, 3]
 
 
+def test_what_a_stopped_run_says_to_type_does_not_go_back_to_an_old_checkpoint(tiny, monkeypatch, capsys):
+    config = tiny(steps=6, keep=3)
+    go(config)
+    back = dataclasses.replace(config, resume=f"{config.run}/ckpt/step_2", steps=7)
+    monkeypatch.setattr(train, "make_user", lambda config, start, mode: signalling_user(signal.SIGINT, 20))
+    assert train.main(argv(back)) == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "go on with: python train.py" in said and "resume=" not in said and "steps=7" in said
+
+
 # A kill while saving.
 
 
@@ -277,6 +287,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_with_a_warning(t
     go(config)
     said = capsys.readouterr().err
     assert f"warning: {run / 'ckpt' / 'step_4'}" in said and f"going back to {run / 'ckpt' / 'step_2'}" in said
+    assert (run / "ckpt" / "step_4.damaged").is_dir(), "kept, in case only the disk was away for a moment"
     assert_same_run(straight, config, 4)
 
 
@@ -352,3 +363,15 @@ def test_any_checkpoint_is_exported_as_a_hugging_face_folder(tiny, tmp_path, cap
         evaluation.main(["export", f"{config.run}/ckpt/step_4", str(out)])
     with pytest.raises(InputError, match="no such checkpoint"):
         evaluation.main(["export", f"{config.run}/ckpt/step_9", str(tmp_path / "other")])
+
+
+def test_a_run_that_another_process_trains_in_is_refused(tiny):
+    """Started twice, or a rank that outlived a killed torchrun: both would write the same files."""
+    config = tiny(steps=200, save_every=1)
+    process = command(config)
+    wait_for_step(process, config, 1)
+    with pytest.raises(InputError, match=f"process {process.pid} on .* is training in it"):
+        go(config)
+    process.kill()
+    process.communicate(timeout=60)
+    go(dataclasses.replace(config, steps=metrics(config)[-1]["step"] + 1))
