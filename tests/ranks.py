@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from config import Config  # noqa: E402
-from dist import World, close, gathered, start  # noqa: E402
+from dist import World, close, gathered, make_replica, refill, start  # noqa: E402
 from engine import Engine  # noqa: E402
-from model import banned_ids  # noqa: E402
+from model import PackedAttention, banned_ids  # noqa: E402
 from update import build, update  # noqa: E402
 from weights import local, rows, save_model, whole  # noqa: E402
 
@@ -65,7 +65,10 @@ def job_updates(folder: Path) -> None:
 
 
 def job_generation(folder: Path) -> None:
-    """Ranks decode different numbers of steps with gathered weights, then take a training step all the same."""
+    """Ranks decode different numbers of steps with gathered weights, then take a training step all the same.
+
+    A replica, refilled from the shards, computes what the gathered policy does.
+    """
     cases, banned = pickle.loads((folder / "cases.pkl").read_bytes())
     name, config, dialogues = cases[0]
     world = start(config)
@@ -80,6 +83,11 @@ def job_generation(folder: Path) -> None:
                 engine.submit(slot, [1, 2, 3], (world.rank, slot), 4 + 7 * world.rank)
             while engine.busy:
                 found += [row.sampled for row in engine.step()]
+        replica = make_replica(state.policy, config, world)
+        refill(replica, state.policy)
+        with gathered(state.policy, world), torch.no_grad():
+            ids, attend = torch.arange(20), PackedAttention([0, 20], world.device)
+            assert torch.equal(replica(ids, ids, attend), state.policy(ids, ids, attend))
         metrics = update(state, config, dialogues, banned, world)
         assert metrics["skipped"] == 0
     (folder / f"sampled_{world.rank}.json").write_text(json.dumps(found))

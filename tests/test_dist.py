@@ -115,9 +115,26 @@ def test_gradients_and_steps_of_several_ranks_are_those_of_one(cases, alone, tmp
         assert json.loads((tmp_path / f"{name}.json").read_text()) == pytest.approx(metrics, rel=1e-4, abs=1e-6), name
 
 
+def test_in_bf16_gradients_are_near_those_of_fp32_and_masters_stay_fp32(cases, alone, tmp_path):
+    """All weights, and fp32 adapters on a frozen bf16 base; the whole gradient as one vector."""
+    chosen = [case for case in cases if case[0] in ("ppo_trunk_think0_lora0", "ppo_head_think1_lora4", "kl_lora")]
+    assert len(chosen) == 3
+    half = [(name, dataclasses.replace(config, precision="bf16"), dialogues) for name, config, dialogues in chosen]
+    write_cases(tmp_path, half)
+    torchrun(2, "tests/ranks.py", "updates", str(tmp_path))
+    for name, _, _ in half:
+        found, (gradients, _, metrics) = load_file(tmp_path / f"{name}.safetensors"), alone[name]
+        assert all(tensor.dtype == torch.float32 for tensor in found.values())
+        joined = [torch.cat([grads[n].flatten() for n in sorted(gradients)])
+                  for grads in ({n: found[f"grad:{n}"] for n in gradients}, gradients)]  # fmt: skip
+        assert 1e-6 < relative(*joined) < 0.1, name
+        logged = json.loads((tmp_path / f"{name}.json").read_text())
+        assert logged["policy/entropy"] == pytest.approx(metrics["policy/entropy"], rel=1e-2)
+
+
 def test_ranks_may_decode_different_numbers_of_steps_and_then_train(cases, tmp_path):
-    """No collective happens within a rollout, or the rank that samples longer would hang."""
-    write_cases(tmp_path, cases[:1])
+    """No collective happens within a rollout, or the rank that samples longer would hang. With adapters."""
+    write_cases(tmp_path, [case for case in cases if case[0] == "ppo_trunk_think0_lora4"])
     torchrun(2, "tests/ranks.py", "generation", str(tmp_path))
     short, long = (json.loads((tmp_path / f"sampled_{rank}.json").read_text()) for rank in (0, 1))
     assert [len(row) for row in short] == [4] * 4 and [len(row) for row in long] == [11] * 4
