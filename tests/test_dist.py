@@ -31,7 +31,7 @@ from dist import World
 from rollout import Trajectory, balance, run_dialogues
 from simulator import EmotionRules
 from update import build
-from weights import load_model
+from weights import load_model, save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BANNED = tiny_banned()
@@ -64,11 +64,13 @@ KINDS = {"ppo_head": {"critic": "head"}, "ppo_trunk": {"critic": "trunk"}, "grpo
 def cases(tmp_path_factory):
     """[(name, config, dialogues)]: both algorithms, both critics, think or not, LoRA or not, several optimiser steps,
     hybrid sharding, and dialogues so few that a rank has nothing to learn from."""
-    shape = tmp_path_factory.mktemp("shape") / "tiny.json"
-    shape.write_text(json.dumps(tiny_raw("qwen2", tied=False)))
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "tiny.json").write_text(json.dumps(tiny_raw("qwen2", tied=False)))
+    base = folder / "base"  # a Hugging Face folder, of which each rank reads its rows
+    save_model(load_model(str(folder / "tiny.json")), load_tokenizer("bytes"), base)
     dialogues = {think: frozen_dialogues(think, 3, 2) for think in (False, True)}
     few = [d for d in dialogues[False] if d.key[0] == 0][:2]
-    steady = dict(model=str(shape), tokenizer="bytes", group_size=2, warmup=0, critic_warmup=0, lr=1e-2,
+    steady = dict(model=str(base), tokenizer="bytes", group_size=2, warmup=0, critic_warmup=0, lr=1e-2,
                   critic_lr=1e-2, micro_tokens=300, entropy_coef=0.01, grad_clip=1e9)  # fmt: skip
     found = []
     for kind, options in KINDS.items():
