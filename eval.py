@@ -187,7 +187,8 @@ def command_run(argv: list[str]) -> int:
         saved = dataclasses.asdict(read_saved(run / "config.json"))
         options = [f"{key}={value}" for key, value in saved.items() if value != getattr(Config(), key)] + options
     config = load_config(options)
-    newest = checkpoints(run)[-1:] if run and not (run / "model").is_dir() else []
+    # Of a LoRA run the checkpoint even if it is finished: merged into bf16 weights an adapter would be rounded away.
+    newest = checkpoints(run)[-1:] if run and (config.lora_rank or not (run / "model").is_dir()) else []
     if run and not newest and not (run / "model").is_dir():
         raise InputError(f"{run}: has neither {run / 'model'} nor a checkpoint yet; train on, or see save_every")
     name = str(newest[0] if newest else run / "model" if run else source)

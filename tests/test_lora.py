@@ -164,6 +164,17 @@ def test_any_checkpoint_of_a_run_with_adapters_is_exported_merged_and_as_an_adap
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_the_benchmark_of_a_finished_run_keeps_base_and_adapter_apart(tiny, tmp_path, monkeypatch):
+    """Merged into bf16 on a GPU most of an adapter would be rounded away."""
+    config, asked = tiny(lora_rank=4, eval_max_turns=1), []
+    go(config)
+    real = evaluation.restore_policy
+    monkeypatch.setattr(evaluation, "restore_policy", lambda *args: asked.append(args[1].name) or real(*args))
+    assert evaluation.main(["run", config.run, f"out={tmp_path / 'out'}"]) == 0
+    assert asked == ["step_4"]
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["settings"]["model"].endswith("step_4")
+
+
 def test_ppo_with_adapters_raises_a_scripted_users_emotion(tiny):
     """Policy and critic on one frozen random base (value head on the policy: also learns, at 69 of 70)."""
     config = tiny(critic="trunk", groups=4, slots=16, reply_tokens=12, steps=30, warmup=0, save_every=0, lora_rank=8,
