@@ -25,12 +25,13 @@ def run(*command: str) -> None:
 
 def main(argv: list[str]) -> None:
     begun, config = time.time(), load_config(argv)
+    learnt = f", {config.groups * config.learn_from} of them learnt from" if config.learn_from else ""
     people = len(load_profiles(ROOT / config.profiles)), len(load_profiles(ROOT / config.eval_profiles))
     print(f"""
 model      {config.model}, {config.algorithm}, {"with" if config.think else "without"} thinking
 user       {user_name(config, config.user_mode)}
 training   {config.steps} steps of {config.groups * config.group_size} dialogues with {people[0]} people, \
-{config.max_turns} turns of at most {config.reply_tokens} tokens, emotion starts at {config.start_emotion:g}
+{config.max_turns} turns of at most {config.reply_tokens} tokens, emotion starts at {config.start_emotion:g}{learnt}
 benchmark  {people[1]} people never trained on x {config.eval_dialogues} dialogues, {config.eval_max_turns} replies \
 ({config.eval_max_turns - 1} scored), emotion starts at {config.eval_start_emotion:g}
 sampling   temperature {config.temperature:g} in both; seed {config.seed}, benchmark seed {config.eval_seed}
