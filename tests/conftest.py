@@ -1,5 +1,6 @@
 """What tests share: tiny random models of every family, a byte tokenizer, profiles, and users that follow a script."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from rollout import Job, Talk
 from simulator import Appraisal, EmotionRules, Failed, Profile, UserTurn
 from weights import init_weights
 
+# It logs every tensor of every checkpoint, and pytest would print all of it below a failure.
+logging.getLogger("c10d-NullHandler-dcp_logger").propagate = False
 torch.set_num_threads(1)  # tiny models: a second thread only waits
 ROOT = Path(__file__).parent.parent
 SMOLLM2 = ROOT / "models" / "smollm2-135m-instruct"

@@ -16,6 +16,7 @@ from server import ideal, prompts_folder, serve  # noqa: F401
 
 import eval as evaluation
 import llm
+import rundir
 import train
 from chat import Reply, load_tokenizer
 from config import Config, InputError
@@ -351,7 +352,7 @@ def test_a_run_with_a_shaky_server_completes_and_excludes_failed_dialogues(tiny,
     spent, steps = json.loads(Path(config.run, "usage.json").read_text()), metrics(config)
     assert spent.pop("simulator/latency_p95") == max(step["simulator/latency_p95"] for step in steps)
     assert spent.pop("simulator/latency_p50") == sum(step["simulator/latency_p50"] for step in steps) / 2
-    assert spent == {key: pytest.approx(sum(step[key] for step in steps)) for key in train.USAGE}
+    assert spent == {key: pytest.approx(sum(step[key] for step in steps)) for key in rundir.USAGE}
     assert spent["simulator/cost"] == pytest.approx(
         spent["simulator/tokens_in"] / 1e6 * 1000 + spent["simulator/tokens_out"] / 1e6 * 500)  # fmt: skip
     failed = [row for row in rows if row["status"] == "failed"]
