@@ -256,12 +256,10 @@ def save_checkpoint(
     for stage, everyone in ((begin, False), (write, True), (finish, False)):
         try:
             agree(world, folder, stage if everyone or world.main else None)
-        except SaveError as error:
+        except SaveError:
             if world.main:
                 shutil.rmtree(aside, ignore_errors=True)
-            last = checkpoints(run)[-1:]
-            left = f"the last good checkpoint is {last[0]}" if last else "there is no checkpoint yet"
-            raise SaveError(f"{error}; {left}") from None
+            raise
     return folder
 
 

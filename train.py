@@ -16,6 +16,7 @@ each learns from a share of the trajectories that is equal in tokens.
 
 import dataclasses
 import errno
+import functools
 import json
 import math
 import os
@@ -324,8 +325,8 @@ def train(config: Config, user: User | None = None) -> Path:
                 state.step += 1
                 metrics |= {"time/update": time.perf_counter() - rolled, "time/step": time.perf_counter() - begun}
                 skipped = skipped + 1 if metrics["skipped"] else 0
-                if world.main:
-                    log_step(run, state.step, dialogues, metrics, board, bar)
+                log = functools.partial(log_step, run, state.step, dialogues, metrics, board, bar)
+                agree(world, run, log if world.main else None)
                 if state.step == config.steps or (config.save_every and state.step % config.save_every == 0):
                     saved = save()
                 if skipped >= MAX_SKIPPED:
@@ -364,14 +365,12 @@ def main(argv: list[str]) -> int:
         return 0
     except Stop as stop:
         said, code = f"{stop}. Saved in {config.run}/ckpt; go on", stop.code
-    except SaveError as error:
-        said, code = f"{error}. Make room, then go on", 1
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (SaveError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         last = checkpoints(Path(config.run))[-1:]
         good = f"the last good checkpoint is {last[0]}" if last else "there is no checkpoint yet"
-        said, code = f"{config.run}: {error.strerror}; {good}. Make room, then go on", 1
+        said, code = f"{error}; {good}. Make room, then go on", 1
     finally:
         close()
     if main_rank:
