@@ -104,8 +104,8 @@ def relative(a, b):
 @pytest.mark.parametrize("ranks, shard", [(2, 0), (4, 0), (4, 2)], ids=["2", "4", "2x2"])
 def test_gradients_and_steps_of_several_ranks_are_those_of_one(cases, alone, tmp_path, ranks, shard):
     """Per tensor: gradient within 1e-5, the optimiser's update within 1e-3, in relative norm; every metric as well."""
-    if ranks == 4:  # every second will do, and those with an idle rank
-        cases = [case for index, case in enumerate(cases) if index % 2 or "few" in case[0]]
+    if ranks == 4:  # every third will do, and those with an idle rank
+        cases = [case for index, case in enumerate(cases) if index % 3 == 1 or "few" in case[0]]
     write_cases(tmp_path, [(name, dataclasses.replace(config, shard=shard), d) for name, config, d in cases])
     torchrun(ranks, "tests/ranks.py", "updates", str(tmp_path))
     for name, _, _ in cases:

@@ -100,13 +100,6 @@ def test_four_ranks_go_on_as_two_and_the_losses_go_on_with_them(straight, tmp_pa
     assert [row["step"] for row in metrics(config)] == [1, 2, 3, 4]
 
 
-def test_a_replica_samples_what_gathered_weights_do(straight, tmp_path):
-    config = go(2, tmp_path / "run", "generation=replica", "steps=2")
-    for row, other in zip(metrics(config), metrics(straight)):
-        for name in LEARNT:
-            assert row[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6), name
-
-
 def test_the_model_of_a_sharded_run_loads_everywhere_and_is_the_last_checkpoints(straight, tmp_path):
     run, ids, out = Path(straight.run), random_ids(40), tmp_path / "out"
     subprocess.run([sys.executable, "eval.py", "export", str(run / "ckpt" / "step_4"), str(out)], cwd=ROOT, check=True,
