@@ -64,16 +64,12 @@ class World:
         return self.rank == 0
 
     def gather(self, mine: object) -> list:
-        """What every rank brought, in the order of ranks, on every rank."""
+        """What every rank brought, in the order of ranks, on every rank; nobody goes on before all are here."""
         if self.size == 1:
             return [mine]
         everyone = [None] * self.size
         dist.all_gather_object(everyone, mine, group=self.group)
         return everyone
-
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        self.gather(None)
 
 
 def pick_device(config: Config) -> torch.device:

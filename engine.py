@@ -19,6 +19,7 @@ from torch import Tensor
 from model import Transformer, ValueHead, sampling_logits
 
 WORD = (1 << 64) - 1
+PREFILL = 4096  # tokens of one prefill batch at most, but for a longer prompt
 
 
 def hash_key(*key: int) -> int:
@@ -114,7 +115,7 @@ class Engine:
 
     def __init__(
         self, model: Transformer, banned_V: Tensor, stop_ids: tuple[int, ...], slots: int, capacity: int,
-        temperature: float, value_head: ValueHead | None = None, prefill_tokens: int = 4096,
+        temperature: float, value_head: ValueHead | None = None, prefill_tokens: int = PREFILL,
         dtype: torch.dtype | None = None,
     ):
         c = model.config

@@ -63,7 +63,7 @@ class Answer:
 
 @dataclass
 class Usage:
-    """What calls cost since `take` was last called. Latency in seconds, of single tries that were answered."""
+    """What calls cost since `drain` was last called. Latency in seconds, of single tries that were answered."""
 
     counts: collections.Counter = field(default_factory=collections.Counter)
     latency: list[float] = field(default_factory=list)
@@ -82,10 +82,6 @@ class Usage:
         with self.lock:
             taken, self.counts, self.latency = (self.counts, self.latency), collections.Counter(), []
         return taken
-
-    def take(self, price_in: float, price_out: float) -> dict[str, float]:
-        """The numbers as metrics, and zero again."""
-        return usage_metrics([self.drain()], price_in, price_out)
 
 
 def usage_metrics(

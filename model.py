@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from config import InputError
 
+CHUNK = 1024  # tokens whose logits exist at the same time in training
 FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 
 
@@ -274,7 +275,7 @@ def predictors(mask_T: Tensor) -> Tensor:
 
 
 def token_logprobs(
-    hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, banned_V: Tensor, temperature: float, chunk: int = 1024
+    hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, banned_V: Tensor, temperature: float, chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the targets and entropies, each [N] in fp32, of softmax(logits / temperature).
 

@@ -15,13 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from config import Config, InputError, find_folder
-from model import ModelConfig
+from engine import PREFILL
+from model import CHUNK, ModelConfig
 from simulator import load_profiles
 from weights import read_json
 
 SHAPES = Path(__file__).parent / "configs" / "shapes"
-CHUNK = 1024  # of model.token_logprobs
-PREFILL = 4096  # of engine.Engine
 LOGITS_COPIES = 6  # fp32 [CHUNK, V] at once in the backward pass of a chunk: the logits, and five from them
 SAMPLING = 29  # bytes per logit while a token is drawn: fp32 logits, fp64 sums, int64 ranks, a mask
 CUDA = 2_000_000_000  # an estimate, not measured: CUDA context, cuBLAS workspaces, NCCL buffers

@@ -87,7 +87,6 @@ def write_environment(run: Path, world: World) -> None:
 
 def prepare_run(config: Config, run: Path, talk: Talk, step: int, world: World) -> None:
     """Write down what the run is, and drop whatever in its directory lies behind `step`."""
-    run.mkdir(parents=True, exist_ok=True)
     save_config(config, run / "config.json")
     write_environment(run, world)
     systems = json.dumps(talk.systems, ensure_ascii=False, indent=1)

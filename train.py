@@ -266,6 +266,19 @@ def describe_world(config: Config, state: State, world: World) -> str:
             f"{trained / 1e6:,.1f} M trained parameters; generation={config.generation}: {where}, on each rank")
 
 
+def finish(config: Config, run: Path, state: State, tokenizer, user: User, world: World) -> None:
+    """Write what a finished run leaves: the adapter of a LoRA run, what the user cost, and the model."""
+    adapter, model = run / "adapter", run / "model"
+    if config.lora_rank:
+        rank, alpha = config.lora_rank, config.lora_alpha
+        agree(world, adapter, lambda: save_adapter(state.policy, config.model, rank, alpha, adapter, world.main))
+    if isinstance(user, LLMUser) and world.main:
+        write_usage(run)
+    dtype = torch.float32 if config.lora_rank else world.dtype
+    # Last, since a folder of that name says that the run is finished.
+    agree(world, model, lambda: save_model(state.policy, tokenizer, model, world.main, dtype))
+
+
 def train(config: Config, user: User | None = None) -> Path:
     """The whole run; `user` replaces the configured one (tests). Returns the folder of the trained model."""
     run, world = open_run(config), start(config)
@@ -274,6 +287,7 @@ def train(config: Config, user: User | None = None) -> Path:
     profiles, tests = load_profiles(config.profiles), load_profiles(config.eval_profiles) if config.eval_every else []
     chat = make_chat(load_tokenizer(config.tokenizer or config.model), config.think)
     talk, state = make_talk(config, training=True), build(config, world)
+    lock = lock_run(run) if world.main and run.is_dir() else None  # before anything in it is read, or renamed
     resumed, model = resume(config, run, state, world), run / "model"
     if state.step >= config.steps and model.is_dir():
         if world.main:
@@ -281,14 +295,13 @@ def train(config: Config, user: User | None = None) -> Path:
             print(f"{run} is finished: {state.step} steps. The model lies in {model}; {more}")
         return model
     user = user or make_user(config, config.start_emotion, config.user_mode)
-    world.barrier()  # all have looked at the run before one of them writes in it
-    lock = lock_run(run) if world.main else nullcontext()
+    world.gather(None)  # all have looked at the run before one of them writes in it
     if world.main:
+        lock = lock or lock_run(run)
         prepare_run(config, run, talk, state.step, world)
     board = SummaryWriter(run / "tb", purge_step=state.step + 1) if world.main else None
     if world.main and world.mesh is not None:
         print(describe_world(config, state, world))
-    world.barrier()
     count, head = -(-config.groups // world.size) * config.group_size, None if state.critic else state.value_head
     engine = make_engine(config, state.sampler or state.policy, chat, config.temperature, count, head, world.dtype)
     here = resumed and resumed.resolve().parent == (run / "ckpt").resolve()
@@ -298,12 +311,11 @@ def train(config: Config, user: User | None = None) -> Path:
         save_checkpoint(run, state.step, state.modules, state.optimisers, world)
         if world.main:
             prune(run, config.keep, best_step(run))
-        world.barrier()
         return state.step
 
     bar = tqdm(total=config.steps, initial=state.step, desc=config.algorithm, unit="step", dynamic_ncols=True,
                disable=not world.main)
-    with lock, Interrupts() as interrupts, board or nullcontext(), bar:
+    with lock or nullcontext(), Interrupts() as interrupts, board or nullcontext(), bar:
         try:
             while True:
                 evaluate_step(config, run, state, chat.tokenizer, tests, board, world, interrupts)
@@ -312,9 +324,7 @@ def train(config: Config, user: User | None = None) -> Path:
                 if state.step >= config.steps:
                     break
                 begun = time.perf_counter()
-                dialogues, metrics = roll_out(
-                    state, config, profiles, engine, chat, user, talk, world, interrupts
-                )
+                dialogues, metrics = roll_out(state, config, profiles, engine, chat, user, talk, world, interrupts)
                 rolled = time.perf_counter()
                 if isinstance(user, LLMUser):
                     spent = world.gather(user.client.usage.drain())
@@ -336,15 +346,7 @@ def train(config: Config, user: User | None = None) -> Path:
             if saved != state.step:
                 save()
             raise
-        if config.lora_rank:
-            adapter = run / "adapter"
-            agree(world, adapter, lambda: save_adapter(
-                state.policy, config.model, config.lora_rank, config.lora_alpha, adapter, world.main))  # fmt: skip
-        if isinstance(user, LLMUser) and world.main:
-            write_usage(run)
-        dtype = torch.float32 if config.lora_rank else world.dtype
-        # Last, since a folder of that name says that the run is finished.
-        agree(world, model, lambda: save_model(state.policy, chat.tokenizer, model, world.main, dtype))
+        finish(config, run, state, chat.tokenizer, user, world)
         interrupts.check()
     return model
 

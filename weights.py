@@ -150,13 +150,13 @@ def init_weights(model: Transformer, seed: int, only_adapters: bool = False) -> 
         local(parameter).copy_(drawn[rows(parameter)])
 
 
-def whole_weights(model: Transformer, adapter: str = "policy") -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face's name, whole tensor) one after another, the adapter merged in; all ranks must go through it."""
+def whole_weights(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, whole tensor) one by one, the policy's adapter merged in; all ranks must go through it."""
     layers = {f"{path}.weight": layer for path, layer in model.named_modules() if isinstance(layer, Linear)}
     for name, parameter in own_parameters(model).items():
         tensor, layer = whole(parameter), layers.get(name)
-        if layer is not None and adapter in layer.lora_A:
-            a, b = (whole(side[adapter].weight).float() for side in (layer.lora_A, layer.lora_B))
+        if layer is not None and "policy" in layer.lora_A:
+            a, b = (whole(side["policy"].weight).float() for side in (layer.lora_A, layer.lora_B))
             tensor = tensor.float() + layer.scale * (b @ a)
         yield name, tensor
 

@@ -22,7 +22,7 @@ from chat import Reply, load_tokenizer
 from config import Config, InputError
 from dist import checkpoints
 from engine import hash_key
-from llm import Answer, Call, Endpoint, Record, Usage
+from llm import Answer, Call, Endpoint, Record, Usage, usage_metrics
 from rollout import USER_STREAM, log_line, run_dialogues
 from sentient import APPRAISAL, GOODBYE, LLMUser
 from simulator import EmotionRules
@@ -72,12 +72,12 @@ def test_a_passing_fault_is_tried_again_and_answered(fault):
         assert ask(client, call()) == [Answer(ideal('"change"', "member 0"))]
         assert time.monotonic() - begun < 3, "a try ends in time, whatever trickles in"
         assert len(server.requests) == 2
-        usage = client.usage.take(3.0, 5.0)
+        usage = usage_metrics([client.usage.drain()], 3.0, 5.0)
         assert (usage["simulator/llm_calls"], usage["simulator/retries"]) == (2, 1)
         answered = 1 + (fault == "blank")
         assert (usage["simulator/tokens_in"], usage["simulator/tokens_out"]) == (100 * answered, 10 * answered)
         assert usage["simulator/cost"] == pytest.approx(350e-6 * answered) and usage["simulator/latency_p95"] > 0
-        assert not any(client.usage.take(3.0, 5.0).values())
+        assert not any(usage_metrics([client.usage.drain()], 3.0, 5.0).values())
 
 
 def test_what_is_asked():
@@ -253,13 +253,13 @@ def test_what_cannot_be_read_is_asked_again_under_another_seed_then_the_dialogue
         assert seeds == [(dialogues[1].seed + attempt) % (1 << 31) for attempt in range(3)]
         assert [dialogue.ended for dialogue in dialogues] == ["max_turns", "failed", "max_turns", "max_turns"]
         assert "dialogue 0.1, turn 1, appraisal" in dialogues[1].why and not dialogues[1].completed
-        assert client.usage.take(0, 0)["simulator/parse_failures"] == 3
+        assert usage_metrics([client.usage.drain()], 0, 0)["simulator/parse_failures"] == 3
     with serve("prose", "250", "30") as server:
         client, jobs = endpoint(server), make_jobs(1, 1)
         (dialogue,) = hold(chat, client, folder, jobs, turns=1, retries=2)
         said = dialogue.turns[0].user
         assert (said.appraisal.change, said.change, dialogue.emotion) == (30, 10, 40)
-        usage = client.usage.take(0, 0)
+        usage = usage_metrics([client.usage.drain()], 0, 0)
         assert (usage["simulator/clamped"], usage["simulator/parse_failures"]) == (1, 2)
         assert evaluation.mismatches(log_line(dialogue), "") == []
 
@@ -419,8 +419,8 @@ def test_a_local_user_completes_a_rollout_and_answers_the_same_in_any_batch(tiny
     if speaks:
         said = Reply([], '{"change": 4, "response": "Hm."}')
         monkeypatch.setattr(client.chat, "read", lambda ids: said)
-    client.usage.take(0, 0)
+    client.usage.drain()
     ended = [dialogue.ended for dialogue in hold(chat, client, folder, retries=1, turns=2)]
     assert ended == ["max_turns" if speaks else "failed"] * 4
-    usage = client.usage.take(0, 0)
+    usage = usage_metrics([client.usage.drain()], 0, 0)
     assert usage["simulator/llm_calls"] == (16 if speaks else 8) and usage["simulator/tokens_out"] > 0

@@ -189,6 +189,17 @@ def test_every_metrics_line_is_json_and_has_the_keys_even_where_nothing_was_lear
         assert not set(ALWAYS) - json.loads(line, parse_constant=refuse).keys()
 
 
+def test_an_evaluation_whose_logits_are_not_finite_has_no_score_and_does_not_end_the_run(tiny, monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise FloatingPointError("logits are not finite during sampling")
+
+    monkeypatch.setattr(train, "evaluate", broken)
+    config = tiny(steps=2, eval_every=1)
+    assert go(config).is_dir()
+    assert "ALARM evaluation 1: logits are not finite" in capsys.readouterr().out
+    assert [row["step"] for row in metrics(config)] == [1, 2] and "eval/score" not in metrics(config)[0]
+
+
 def test_five_skipped_steps_in_a_row_end_the_run(tiny, tmp_path):
     (tmp_path / "wild.json").write_text(json.dumps({**tiny_raw("qwen2"), "initializer_range": 1e30}))
     config = tiny(model=str(tmp_path / "wild.json"), steps=9)
