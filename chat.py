@@ -8,6 +8,9 @@ the pieces of that sum; `rollout.py` adds them up. transformers' tokenizer does 
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from config import InputError, find_folder
 
 OPEN, CLOSE = "<think>", "</think>"
@@ -163,3 +166,12 @@ def system_prompt(language: str, think: bool, override: str = "") -> str:
     if not path.is_file():
         raise InputError(f"{path}: no such prompt file; give system=FILE or restore prompts/")
     return path.read_text(encoding="utf-8").strip()
+
+
+def banned_ids(tokenizer, vocab_size: int, stop_ids: tuple[int, ...]) -> Tensor:
+    """Boolean [V]: ids beyond the tokenizer, and special ids but the stop ids: <|im_start|> would forge a turn."""
+    banned = torch.zeros(vocab_size, dtype=torch.bool)
+    banned[len(tokenizer) :] = True
+    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    banned[[i for i in special if i < vocab_size and i not in stop_ids]] = True
+    return banned

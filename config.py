@@ -1,4 +1,4 @@
-"""Every option of a run, in one flat dataclass, and how it is filled.
+"""Every option of a run, in one flat dataclass, and how it is filled; at the end, how JSON files are read and written.
 
 A config file is a Python file that binds `config = Config(...)` (or `dataclasses.replace` of another config); the
 command line then changes single options as `key=value`. All checks that need no model are made here, so that a mistake
@@ -7,8 +7,12 @@ costs a second and one clear line (InputError, exit code 2) instead of an hour.
 
 import dataclasses
 import difflib
+import gzip
 import json
+import math
+import os
 import runpy
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -339,3 +343,87 @@ def help_text(command: str) -> str:
         shown = repr(f.default) if isinstance(f.default, str) else str(f.default)
         lines.append(f"  {f.name:<19} {f.metadata['meaning']} [{shown}]")
     return "\n".join(lines)
+
+
+# ---- JSON and JSON lines: every file of either kind is read and written by these
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises InputError if it is missing or damaged."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError("an object is expected")
+        return raw
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; a model folder and a checkpoint have one") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+
+
+def read_rows(path: Path, torn: bool = False) -> list[tuple[str, dict]]:
+    """(where, row) of each line of a JSON-lines file, gzipped or not; `where` is FILE:LINE, to begin an error with.
+
+    A line ends at a newline only: U+2028 may stand raw within one. `torn`: the file was written by `add_rows`, and half
+    a line that a kill left at its end is passed over. Raises InputError for a line that is no JSON object.
+    """
+    data, rows = path.read_bytes(), []
+    try:
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: not gzip, or cut short ({error})") from None
+    lines = data.split(b"\n")
+    for number, line in enumerate(lines[:-1] if torn else lines, 1):
+        if line.strip():
+            where = f"{path}:{number}"
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise InputError(f"{where}: not UTF-8 ({error.reason}); one JSON object a line is expected") from None
+            except json.JSONDecodeError as error:
+                why = f"{error.msg}, column {error.colno}"
+                raise InputError(f"{where}: not JSON ({why}); one object a line is expected") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{where}: a {type(row).__name__}, where a JSON object is expected")
+            rows.append((where, row))
+    return rows
+
+
+def own_rows(path: Path) -> list[dict]:
+    """The rows of a file that `add_rows` has written, or will: none where it is not there yet."""
+    return [row for _, row in read_rows(path, torn=True)] if path.is_file() else []
+
+
+def add_rows(path: Path, rows: list[dict]) -> None:
+    """Append JSON lines, and have them on disk: a checkpoint must not be ahead of its log."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json_line(row) for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Replace a JSON-lines file; if killed, either the old file or the new one is there, whole."""
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text("".join(json_line(row) for row in rows), encoding="utf-8")
+    sync(aside)
+    os.replace(aside, path)
+
+
+def json_line(row: dict) -> str:
+    """A row as a line; null for numbers that are not finite, for which JSON has no word."""
+    return json.dumps(without_nan(row), ensure_ascii=False) + "\n"
+
+
+def without_nan(row: dict) -> dict:
+    """The row with None for its numbers that are not finite."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def sync(path: Path) -> None:
+    """Make what was written to a file, or renamed within a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,50 +1,27 @@
-"""Many processes as one: the process group, FSDP2 sharding, whole weights for a rollout, and checkpoints.
+"""Many processes as one: the process group, FSDP2 sharding, and whole weights for a rollout.
 
 A single process on a CPU needs none of it: `World()` is one rank, nothing is sharded, and every function here does
 the plain thing. Under torchrun, and on a GPU always, `shard` cuts every block with FSDP2 (bf16 compute, fp32 master
 weights and gradient sums). Ranks speak of dialogues and decisions as Python objects over gloo, which waits for hours;
-tensors of the model go over NCCL where there are GPUs.
-
-A checkpoint is a folder `ckpt/step_N` of safetensors in the layout of torch.distributed.checkpoint, each rank's shard
-with its offsets, so that any number of ranks can read it. It is written under another name, synced to disk, then
-renamed: a folder called step_N is complete.
+tensors of the model go over NCCL where there are GPUs. What is written to disk is checkpoint.py's business.
 """
 
-import json
 import os
-import shutil
-import sys
-import warnings
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from config import Config, InputError
 from model import PackedAttention, Transformer, add_adapters
-from weights import read_json, sync, whole
 
 PATIENCE = timedelta(hours=12)  # how long a rank waits for another whose users are slow
-FILE_BYTES = 1 << 30  # of one checkpoint file, over all ranks: a rank holds two copies of its part while it writes
-
-
-class SaveError(Exception):
-    """A checkpoint or a model could not be written; those before are untouched. The message is one line."""
-
-
-# A single process is meant where there is no process group; DCP warns of it at every save and load.
-warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
 @dataclass(frozen=True)
@@ -81,6 +58,12 @@ def pick_device(config: Config) -> torch.device:
     if config.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def half_on_gpu(precision: str, device: torch.device) -> torch.dtype:
+    """What a model that is only asked computes in: bf16 on a GPU unless precision=fp32, else fp32."""
+    half = device.type == "cuda" and precision != "fp32"
+    return torch.bfloat16 if half else torch.float32
 
 
 def start(config: Config) -> World:
@@ -196,172 +179,22 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float, world: World) -
     return norm
 
 
-# ---- checkpoints
+def rows(parameter: Tensor) -> slice:
+    """The rows of the whole tensor that this rank holds: all, or FSDP2's even cut along dimension 0."""
+    if not isinstance(parameter, DTensor):
+        return slice(0, parameter.shape[0])
+    dim = parameter.placements.index(Shard(0))
+    ranks, mine = parameter.device_mesh.size(dim), parameter.device_mesh.get_local_rank(dim)
+    step = -(-parameter.shape[0] // ranks)
+    begin = min(mine * step, parameter.shape[0])
+    return slice(begin, min(begin + step, parameter.shape[0]))
 
 
-def adam_state(parameter: nn.Parameter) -> dict[str, Tensor]:
-    """AdamW's state of a parameter before its first step."""
-    zeros = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
-    return {"step": torch.zeros((), device=parameter.device), **zeros}
+def local(parameter: Tensor) -> Tensor:
+    """Where those rows lie."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def checkpoint_tensors(modules: dict[str, nn.Module], optimisers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """What a checkpoint holds, by name: trained parameters `MODULE.NAME`, AdamW's states `MODULE.NAME:KEY`.
-
-    What is frozen is not in it. The tensors are views: loading into them fills modules and optimisers.
-    """
-    named = {f"{key}.{n}": p for key, m in modules.items() for n, p in m.named_parameters() if p.requires_grad}
-    names = {id(p): name for name, p in named.items()}
-    found = {name: p.detach() for name, p in named.items()}
-    for optimiser in optimisers:
-        for p, state in optimiser.state.items():
-            found |= {f"{names[id(p)]}:{key}": value for key, value in state.items()}
-    return {name: tensor.view(1) if tensor.dim() == 0 else tensor for name, tensor in found.items()}
-
-
-def save_checkpoint(
-    run: Path, step: int, modules: dict[str, nn.Module], optimisers: list[torch.optim.Optimizer], world: World
-) -> Path:
-    """Write ckpt/step_N, all ranks together. Raises SaveError, on every rank, where the disk is full or the like."""
-    folder, aside = run / "ckpt" / f"step_{step}", run / "ckpt" / f"step_{step}.partial"
-
-    def begin() -> None:
-        for left in folder.parent.glob("*.partial"):  # by a kill
-            shutil.rmtree(left)
-        aside.mkdir(parents=True)
-
-    def write() -> None:
-        tensors = {**checkpoint_tensors(modules, optimisers), "rng": torch.get_rng_state()}
-        files, size = {}, 0
-        for name, tensor in tensors.items():
-            size += tensor.numel() * tensor.element_size()
-            files[name] = 1 + size // FILE_BYTES
-        writer = dcp.HuggingFaceStorageWriter(str(aside), files, save_distributed=True)
-        dcp.save(tensors, storage_writer=writer, process_group=world.group, no_dist=world.mesh is None)
-
-    def finish() -> None:
-        about = {"step": step, "ranks": world.size, "dtype": str(world.dtype).removeprefix("torch.")}
-        about["files"] = {file.name: file.stat().st_size for file in sorted(aside.iterdir())}
-        (aside / "state.json").write_text(json.dumps(about, indent=1) + "\n")
-        sync(aside / "state.json")
-        sync(aside)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(aside, folder)
-        sync(folder.parent)
-
-    for stage, everyone in ((begin, False), (write, True), (finish, False)):
-        try:
-            agree(world, folder, stage if everyone or world.main else None)
-        except SaveError:
-            if world.main:
-                shutil.rmtree(aside, ignore_errors=True)
-            raise
-    return folder
-
-
-def agree(world: World, what: Path, work: Callable[[], object] | None) -> None:
-    """Do the `work` of writing `what`, where there is some; if any rank could not write, raise SaveError on all."""
-    why = ""
-    try:
-        if work:
-            work()
-    except CheckpointException as error:
-        why = next(str(cause[0]) or repr(cause[0]) for cause in error.failures.values())
-    except (OSError, SafetensorError) as error:
-        why = str(error) or repr(error)
-    why = next((said for said in world.gather(why) if said), "")
-    if why:
-        raise SaveError(f"{what}: could not be written ({why.strip().splitlines()[-1]})")
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    folders = [folder for folder in (run / "ckpt").glob("step_*") if folder.name[5:].isdigit()]
-    return sorted(folders, key=lambda folder: int(folder.name[5:]))
-
-
-def prune(run: Path, keep: int, best: int | None) -> None:
-    """Leave only the newest `keep` checkpoints, and that of step `best`."""
-    for old in checkpoints(run)[:-keep]:
-        if old.name != f"step_{best}":
-            half = old.with_name(f"{old.name}.partial")  # never a step_N that lacks a file
-            os.replace(old, half)
-            shutil.rmtree(half, ignore_errors=True)
-
-
-def check_files(folder: Path) -> int:
-    """The step of a checkpoint. Raises InputError where a file is missing, truncated or damaged."""
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such checkpoint")
-    state = read_json(folder / "state.json")
-    step, files = state.get("step"), state.get("files")
-    if type(step) is not int or not isinstance(files, dict):
-        raise InputError(f"{folder / 'state.json'}: has no number step and files; no checkpoint, or a damaged one")
-    for name, size in files.items():
-        path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            what = "is missing" if found is None else f"has {found} bytes, not {size}"
-            raise InputError(f"{path}: {what}; this checkpoint is damaged")
-        try:
-            safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise InputError(f"{path}: damaged ({error})") from None
-    return step
-
-
-def newest_sound(run: Path, world: World) -> Path | None:
-    """The newest checkpoint of a run whose files are all there; each that is passed over is renamed, with a warning.
-
-    None where there is no checkpoint at all. Raises InputError where all are damaged. The main rank decides for all.
-    """
-    found, passed_over = None, []
-    for folder in reversed(checkpoints(run)) if world.main else ():
-        try:
-            check_files(folder)
-            found = folder
-            break
-        except InputError as error:
-            passed_over.append((folder, str(error)))
-    if found:
-        for folder, problem in passed_over:
-            aside = folder.with_name(f"{folder.name}.damaged")
-            print(f"warning: {problem}; it is now {aside.name}; going back to {found}", file=sys.stderr)
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(folder, aside)
-    found, passed_over = world.gather((found, passed_over))[0]
-    if passed_over and not found:
-        raise InputError(f"{passed_over[0][1]}; the run has no sound one, remove {run / 'ckpt'} to begin again")
-    return found
-
-
-def load_checkpoint(
-    folder: Path, modules: dict[str, nn.Module], optimisers: list[torch.optim.Optimizer] | None = None
-) -> int:
-    """Fill modules and optimisers in place, from whatever number of ranks it was saved; returns the step.
-
-    Without optimisers only the modules' tensors are read. Raises InputError for a damaged or foreign checkpoint.
-    """
-    step = check_files(folder)
-    reader = dcp.HuggingFaceStorageReader(str(folder))
-    saved = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}
-    rng = torch.get_rng_state()
-    started = any(name.endswith(":exp_avg") for name in saved)  # before the first update AdamW has no state
-    for optimiser in optimisers or ():
-        for parameter in (p for group in optimiser.param_groups for p in group["params"]):
-            if started:
-                optimiser.state[parameter] = adam_state(parameter)
-    tensors = checkpoint_tensors(modules, optimisers or [])
-    if optimisers is not None:
-        tensors["rng"] = rng
-        foreign = saved.keys() - tensors.keys()
-        if foreign:
-            raise InputError(f"{folder}: holds {min(foreign)}, unknown here; this checkpoint is of another model")
-    for name, tensor in tensors.items():
-        if saved.get(name) != tuple(tensor.shape):
-            what = f"has shape {saved[name]}, not {tuple(tensor.shape)}" if name in saved else "is missing"
-            raise InputError(f"{folder}: tensor {name} {what}; this checkpoint is of another model")
-    dcp.load(tensors, storage_reader=reader, no_dist=True)  # each rank reads by itself
-    if optimisers is not None:
-        torch.set_rng_state(rng)
-    return step
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor, detached; every rank must call this together."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()

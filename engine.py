@@ -17,20 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Transformer, ValueHead, sampling_logits
+from simulator import hash_key
 
-WORD = (1 << 64) - 1
 PREFILL = 4096  # tokens of one prefill batch at most, but for a longer prompt
-
-
-def hash_key(*key: int) -> int:
-    """64 well-mixed bits of a tuple of integers (splitmix64 steps)."""
-    state = 0
-    for part in key:
-        state = (state ^ (part & WORD)) + 0x9E3779B97F4A7C15 & WORD
-        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & WORD
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & WORD
-        state ^= state >> 31
-    return state
 
 
 def uniform(*key: int) -> float:

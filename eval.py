@@ -12,7 +12,6 @@ SAGE's format, gzipped or not; SAGE's own can be scored and verified too.
 """
 
 import dataclasses
-import functools
 import json
 import sys
 from collections import Counter
@@ -21,100 +20,32 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from chat import Chat, load_tokenizer, make_chat, system_prompt
-from config import Config, InputError, help_text, load_config, read_saved, save_config
-from dist import World, check_files, checkpoints, load_checkpoint, pick_device
-from engine import Engine
-from llm import Endpoint, Local, Record, usage_metrics
-from logs import (
-    by_profile,
-    interval,
-    mismatches,
-    paired_bootstrap,
-    read_log,
-    score_line,
-    score_text,
-    summary,
+from chat import load_tokenizer, make_chat
+from checkpoint import check_files, checkpoints, load_checkpoint, load_model, save_adapter, save_model
+from config import (
+    Config,
+    InputError,
+    add_rows,
+    help_text,
+    load_config,
+    own_rows,
+    read_json,
+    read_saved,
+    save_config,
     without_nan,
+    write_rows,
 )
-from model import Transformer, ValueHead, banned_ids
-from offline import OfflineUser, user_hash
-from rollout import MAX_FAILED, Dialogue, Job, Talk, log_line, run_dialogues
-from sentient import LLMUser
-from simulator import EmotionRules, Profile, User, load_profiles
+from dist import World, half_on_gpu, pick_device
+from model import Transformer
+from rollout import MAX_FAILED, Dialogue, Job, log_line, make_engine, make_talk, run_dialogues
+from score import by_profile, interval, mismatches, paired_bootstrap, read_log, score_line, score_text, summary
+from simulator import Profile, load_profiles
 from update import make_model
-from weights import load_model, read_json, save_adapter, save_model
+from users import make_user, user_name
+from users.clients import usage_metrics
+from users.llm_user import LLMUser
 
 EVAL_STREAM = 1 << 32  # stands where a training step's number does, and is never one
-
-
-def half_on_gpu(config: Config, device: torch.device) -> torch.dtype:
-    """What a model that is only asked computes in."""
-    return torch.bfloat16 if device.type == "cuda" and config.precision != "fp32" else torch.float32
-
-
-def make_user(config: Config, start: float, mode: str) -> User:
-    """The simulated user of a config: SAGE's emotion rules with this start."""
-    rules = EmotionRules(start=start)
-    if config.user == "offline":
-        return OfflineUser(rules, mode)
-    return LLMUser(make_client(config), rules, mode, config.prompts, config.one_call, config.user_retries)
-
-
-def user_name(config: Config, mode: str) -> str:
-    """Who the user is, for whoever reads a result: the offline user by its hash, a language model by name."""
-    if config.user == "offline":
-        return f"offline {user_hash()}, {mode}"
-    prompts = (config.prompts or "our prompts") + (", one call a turn" if config.one_call else "")
-    return f"{config.user} {config.user_model} at temperature {config.user_temperature:g}, {prompts}, {mode}"
-
-
-def make_client(config: Config) -> Endpoint | Local | Record:
-    """The language model that plays the user, recorded or replayed where the config says so."""
-    path = Path(config.record_file or Path(config.run) / "record.jsonl")
-    settings = {"model": config.user_model, "temperature": config.user_temperature, "max_tokens": config.user_tokens}
-    if config.record == "replay":
-        return Record(path, settings)
-    client = connect(dataclasses.replace(config, record="off", record_file=""))
-    return Record(path, settings, client) if config.record == "record" else client
-
-
-@functools.lru_cache(maxsize=1)
-def connect(config: Config) -> Endpoint | Local:
-    """The live model behind `make_client`. A run's evaluations share it: its threads, connections and weights."""
-    if config.user == "llm":
-        return Endpoint(
-            config.user_model, config.user_url, config.user_key_env, config.user_temperature, config.user_tokens,
-            config.user_concurrency, config.user_retries, config.user_try_timeout, config.user_dialogue_timeout,
-            config.user_json,
-        )
-    chat = make_chat(load_tokenizer(config.user_model), think=False)
-    device = pick_device(config)
-    model = load_model(config.user_model, config.seed, device, lambda model: model.to(half_on_gpu(config, device)))
-    banned = banned_ids(chat.tokenizer, model.config.vocab_size, (chat.end,))
-    engine = Engine(model, banned, (chat.end,), config.user_concurrency, config.user_context, config.user_temperature)
-    return Local(engine, chat, config.user_tokens)
-
-
-def make_engine(
-    config: Config, model: Transformer, chat: Chat, temperature: float, dialogues: int,
-    value_head: ValueHead | None = None, dtype: torch.dtype | None = None,
-) -> Engine:
-    """An engine for this model with no more slots than there are dialogues."""
-    banned, slots = banned_ids(chat.tokenizer, model.config.vocab_size, (chat.end,)), min(config.slots, dialogues)
-    end = (chat.end,)
-    return Engine(model, banned, end, max(1, slots), config.context_tokens, temperature, value_head, dtype=dtype)
-
-
-def make_talk(config: Config, training: bool) -> Talk:
-    """How dialogues are held in training, or in the benchmark."""
-    return Talk(
-        systems={language: system_prompt(language, config.think, config.system) for language in ("en", "zh")},
-        max_turns=config.max_turns if training else config.eval_max_turns,
-        reply_tokens=config.reply_tokens,
-        strict_format=training,
-        appraise_last=training,
-    )
 
 
 def evaluate(
@@ -140,8 +71,7 @@ def evaluate(
             def keep(dialogue: Dialogue, seed: int = seed) -> None:
                 row = rows[(seed, *dialogue.key)] = log_line(dialogue, seed=seed)
                 if log:
-                    with open(log, "a", encoding="utf-8") as file:
-                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    add_rows(log, [row])
 
             openings = {i: row["history"][0]["content"] for (s, i, _), row in rows.items() if s == seed}
             people = [
@@ -167,10 +97,9 @@ def held_before(log: Path | None) -> list[dict]:
     """The completed dialogues in the log of an interrupted evaluation; all else is dropped from the file."""
     if not log or not log.is_file():
         return []
-    lines = log.read_bytes().split(b"\n")[:-1]  # a kill may have left half a line
-    kept = [line for line in lines if json.loads(line)["status"] == "ok"]
-    log.write_bytes(b"".join(line + b"\n" for line in kept))
-    return [json.loads(line) for line in kept]
+    kept = [row for row in own_rows(log) if row["status"] == "ok"]
+    write_rows(log, kept)
+    return kept
 
 
 def command_run(argv: list[str]) -> int:
@@ -198,7 +127,7 @@ def command_run(argv: list[str]) -> int:
     log = begin_evaluation(folder, settings)
     profiles = load_profiles(config.eval_profiles)
     device = pick_device(config)
-    world = World(device=device, dtype=half_on_gpu(config, device))
+    world = World(device=device, dtype=half_on_gpu(config.precision, device))
     if not newest:
         tokenizer = load_tokenizer(config.tokenizer or name)
         model = load_model(name, config.seed, device, lambda model: model.to(world.dtype))
@@ -287,8 +216,7 @@ def describe(config: Config, model: str) -> dict:
 def write_evaluation(folder: Path, config: Config, settings: dict, rows: list[dict], cost: dict) -> dict:
     """dialogues.jsonl, result.txt and result.json in a folder; returns the summary. The result names the settings."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    (folder / "dialogues.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_rows(folder / "dialogues.jsonl", rows)
     text = "\n".join(f"{key}: {value}" for key, value in (settings | cost).items())
     numbered = [{**row, "line": i} for i, row in enumerate(rows, 1)]
     (folder / "result.txt").write_text(f"{text}\n\n{score_text(str(folder / 'dialogues.jsonl'), numbered)}\n")

@@ -1,6 +1,6 @@
 """The Transformer: Qwen2/2.5, Qwen3 and the Llama family in one class, with or without low-rank adapters.
 
-Module names are Hugging Face's, so loading (`weights.py`) needs no map. The model does not know who is asking:
+Module names are Hugging Face's, so loading (`checkpoint.py`) needs no map. The model does not know who is asking:
 `forward` takes packed token ids, their positions, and an attention context, a callable `attend(layer, q, k, v) -> out`.
 `PackedAttention` below is the context for training (documents side by side); `engine.py` has the one for generation.
 
@@ -299,12 +299,3 @@ def token_logprobs(
 def sampling_logits(hidden_ND: Tensor, weight_VD: Tensor, banned_V: Tensor, temperature: float) -> Tensor:
     """The fp32 logits [N, V] that are sampled from and trained on: divided by the temperature, banned ids at -inf."""
     return (F.linear(hidden_ND, weight_VD).float() / temperature).masked_fill(banned_V, -math.inf)
-
-
-def banned_ids(tokenizer, vocab_size: int, stop_ids: tuple[int, ...]) -> Tensor:
-    """Boolean [V]: ids beyond the tokenizer, and special ids but the stop ids: <|im_start|> would forge a turn."""
-    banned = torch.zeros(vocab_size, dtype=torch.bool)
-    banned[len(tokenizer) :] = True
-    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
-    banned[[i for i in special if i < vocab_size and i not in stop_ids]] = True
-    return banned

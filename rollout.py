@@ -10,9 +10,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from chat import Chat, Reply
-from engine import Engine, Row, hash_key
-from simulator import Failed, Key, Profile, User, UserTurn, band
+from chat import Chat, Reply, banned_ids, system_prompt
+from config import Config
+from engine import Engine, Row
+from model import Transformer, ValueHead
+from simulator import Failed, Key, Profile, User, UserTurn, band, hash_key
 
 EXCLUDED = "failed"
 MAX_FAILED = 0.25  # share of dialogues whose user may fail before a step, or a benchmark, counts for nothing
@@ -92,6 +94,27 @@ class Talk:
     reply_tokens: int
     strict_format: bool
     appraise_last: bool = True  # SAGE generates a last reply that nobody appraises
+
+
+def make_talk(config: Config, training: bool) -> Talk:
+    """How dialogues are held in training, or in the benchmark."""
+    return Talk(
+        systems={lang: system_prompt(lang, config.think, config.system) for lang in ("en", "zh")},
+        max_turns=config.max_turns if training else config.eval_max_turns,
+        reply_tokens=config.reply_tokens,
+        strict_format=training,
+        appraise_last=training,
+    )
+
+
+def make_engine(
+    config: Config, model: Transformer, chat: Chat, temperature: float, dialogues: int,
+    value_head: ValueHead | None = None, dtype: torch.dtype | None = None,
+) -> Engine:
+    """An engine for this model with no more slots than there are dialogues."""
+    end, slots = (chat.end,), max(1, min(config.slots, dialogues))
+    banned = banned_ids(chat.tokenizer, model.config.vocab_size, end)
+    return Engine(model, banned, end, slots, config.context_tokens, temperature, value_head, dtype=dtype)
 
 
 @dataclass(frozen=True)

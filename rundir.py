@@ -21,12 +21,11 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from config import MAY_CHANGE, Config, InputError, read_saved, save_config
-from dist import World, checkpoints
-from logs import without_nan
-from offline import user_hash
+from checkpoint import checkpoints
+from config import MAY_CHANGE, Config, InputError, add_rows, own_rows, read_saved, save_config, write_rows
+from dist import World
 from rollout import Dialogue, Talk, log_line
-from weights import sync
+from users.offline import user_hash
 
 LOCK = ".lock"
 USAGE = [f"simulator/{key}" for key in (
@@ -101,35 +100,14 @@ def prepare_run(config: Config, run: Path, talk: Talk, step: int, world: World) 
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, and what a crash left of a line, from a JSON-lines file.
-
-    They will be made again. A line ends at a newline only: a sampled U+2028 may stand raw within one.
-    """
+    """Drop from a JSON-lines file the rows of steps after `step`, which will be made again, and half a line."""
     if path.is_file():
-        write_lines(path, [line for line in path.read_bytes().split(b"\n")[:-1] if json.loads(line)["step"] <= step])
-
-
-def write_lines(path: Path, lines: list[bytes]) -> None:
-    """Replace a file, written aside first: a kill leaves the old one or the new."""
-    aside = path.with_name(path.name + ".partial")
-    aside.write_bytes(b"".join(line + b"\n" for line in lines))
-    sync(aside)
-    os.replace(aside, path)
-
-
-def append(path: Path, rows: list[dict]) -> None:
-    """Add JSON lines to a file."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(without_nan(row), ensure_ascii=False) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())  # a checkpoint on disk must not be ahead of its log
+        write_rows(path, [row for row in own_rows(path) if row["step"] <= step])
 
 
 def best_step(run: Path) -> int | None:
     """The step whose evaluation had the highest score, the first of equals; None without any."""
-    path = run / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.is_file() else []
-    scored = [row for row in rows if row.get("eval/score") is not None]
+    scored = [row for row in own_rows(run / "metrics.jsonl") if row.get("eval/score") is not None]
     return max(scored, key=lambda row: row["eval/score"])["step"] if scored else None
 
 
@@ -137,8 +115,8 @@ def log_step(
     run: Path, step: int, dialogues: list[Dialogue], metrics: dict[str, float], board: SummaryWriter, bar: tqdm
 ) -> None:
     """What a step was, into the run's files and onto the screen."""
-    append(run / "dialogues.jsonl", [log_line(dialogue, step=step) for dialogue in dialogues])
-    append(run / "metrics.jsonl", [{"step": step, **metrics}])
+    add_rows(run / "dialogues.jsonl", [log_line(dialogue, step=step) for dialogue in dialogues])
+    add_rows(run / "metrics.jsonl", [{"step": step, **metrics}])
     write_scalars(board, metrics, step)
     if metrics["skipped"]:
         why = "numbers that are not finite, or nothing to learn from"
@@ -159,7 +137,7 @@ def write_usage(run: Path) -> None:
 
     Sums over the steps; of the latencies the median p50 and the largest p95 of any step.
     """
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().split(b"\n")[:-1]]
+    rows = own_rows(run / "metrics.jsonl")
     total = {key: sum(row[key] for row in rows) for key in USAGE}
     total["simulator/latency_p50"] = median(row["simulator/latency_p50"] for row in rows)
     total["simulator/latency_p95"] = max(row["simulator/latency_p95"] for row in rows)

@@ -2,20 +2,19 @@
 
 Here live the Profile (who somebody is, and what they secretly hope to get from the talk), the rules of emotion as
 data (where it starts, how far one reply can move it, when the dialogue ends), the record of an appraisal, and the
-protocol that every user follows. A user is any object with three methods, `start`, `tell` and `poll`; `offline.py`
-holds one that needs no language model, `sentient.py` one that is a language model. What the policy says and how it is
+protocol that every user follows. A user is any object with three methods, `start`, `tell` and `poll`; `users/`
+holds one that needs no language model and one that is a language model. What the policy says and how it is
 generated is `rollout.py`'s business.
 
 Sources: RLVER (arXiv 2507.03112), section 2; SAGE (arXiv 2505.02847), section 2 and its released logs.
 """
 
 import difflib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from config import InputError
+from config import InputError, read_rows
 
 # Hidden intentions: canonical id -> (label in the released profiles, English label). The first four are "emotional",
 # the others "rational" (SAGE's two groups).
@@ -123,6 +122,18 @@ class Failed:
 
 
 Key = tuple[int, int]  # (group, member): names a dialogue for its whole life
+WORD = (1 << 64) - 1
+
+
+def hash_key(*key: int) -> int:
+    """64 well-mixed bits of a tuple of integers (splitmix64 steps)."""
+    state = 0
+    for part in key:
+        state = (state ^ (part & WORD)) + 0x9E3779B97F4A7C15 & WORD
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & WORD
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & WORD
+        state ^= state >> 31
+    return state
 
 
 class User(Protocol):
@@ -153,22 +164,11 @@ def load_profiles(path: str | Path) -> list[Profile]:
     if not path.is_file():
         raise InputError(f"{path}: no such profile file; give profiles=FILE, for example data/en_train.jsonl")
     profiles, seen = [], {}
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise InputError(f"{where}: not UTF-8 ({error.reason}); one profile a line, as JSON in UTF-8") from None
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}: not JSON ({error.msg}, column {error.colno}); one profile a line") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: a profile is a JSON object, this is a {type(row).__name__}")
+    for where, row in read_rows(path):
         profile = parse_profile(row, where)
         if profile.id in seen:
             raise InputError(f"{where}: id {profile.id!r} stands on line {seen[profile.id]} already; ids are unique")
-        seen[profile.id] = number
+        seen[profile.id] = where.rpartition(":")[2]
         profiles.append(profile)
     if not profiles:
         raise InputError(f"{path}: holds no profile; one JSON object a line is expected")

@@ -3,7 +3,6 @@
     python train.py configs/demo.py                        one process
     python train.py configs/demo.py lr=2e-5 seed=1         options changed on the command line
     torchrun --nproc-per-node 8 train.py configs/ppo.py    eight GPUs (docs/hardware.md: several nodes)
-    python train.py configs/ppo.py plan=8x80               what that needs of each GPU's memory, without any
     python train.py --help                                 every option
 
 Where this departs from the textbook: (1) the batch is ragged and packed, no padding anywhere; (2) losses are sums,
@@ -17,7 +16,6 @@ each learns from a share of the trajectories that is equal in tokens.
 import dataclasses
 import errno
 import functools
-import json
 import math
 import os
 import shlex
@@ -35,32 +33,28 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from chat import Chat, load_tokenizer, make_chat
-from config import Config, InputError, help_text, load_config
-from dist import (
+from checkpoint import (
     SaveError,
-    World,
     agree,
     checkpoints,
-    close,
-    gathered,
     load_checkpoint,
     newest_sound,
     prune,
-    refill,
+    save_adapter,
     save_checkpoint,
-    start,
+    save_model,
 )
-from engine import Engine, hash_key
-from eval import describe, evaluate, join_evaluation, make_engine, make_talk, make_user, write_evaluation
-from llm import usage_metrics
-from logs import without_nan
-from plan import plan
-from rollout import MAX_FAILED, Dialogue, Job, Talk, run_dialogues
-from rundir import best_step, lock_run, log_step, open_run, prepare_run, write_lines, write_scalars, write_usage
-from sentient import LLMUser
-from simulator import Profile, User, load_profiles
+from config import Config, InputError, help_text, load_config, own_rows, write_rows
+from dist import World, close, gathered, refill, start
+from engine import Engine
+from eval import describe, evaluate, join_evaluation, write_evaluation
+from rollout import MAX_FAILED, Dialogue, Job, Talk, make_engine, make_talk, run_dialogues
+from rundir import best_step, lock_run, log_step, open_run, prepare_run, write_scalars, write_usage
+from simulator import Profile, User, hash_key, load_profiles
 from update import State, build, update
-from weights import save_adapter, save_model
+from users import make_user
+from users.clients import usage_metrics
+from users.llm_user import LLMUser
 
 ORDER_STREAM = 2  # keeps the order of profiles apart from other uses of the seed
 MAX_SKIPPED = 5  # non-finite steps in a row before a run gives up
@@ -224,8 +218,8 @@ def evaluate_step(
     path, step = run / "metrics.jsonl", state.step
     if not config.eval_every or not step or step % config.eval_every:
         return
-    lines = path.read_bytes().split(b"\n")[:-1] if world.main and path.is_file() else []
-    row = json.loads(lines[-1]) if lines else {"step": 0}
+    rows = own_rows(path) if world.main else []
+    row = rows[-1] if rows else {"step": 0}
     pending = row["step"] == step and "eval/score" not in row
     if not world.gather(pending)[0]:  # the main rank's word: a network file system may show others an older file
         return
@@ -248,11 +242,11 @@ def evaluate_step(
     if error and world.main:
         tqdm.write(f"ALARM evaluation {step}: {error}; it has no score")
     elif world.main:
-        rows, cost = join_evaluation(config, parts)
+        held, cost = join_evaluation(config, parts)
         about = describe(config, f"{run} step {step}")
-        result = write_evaluation(run / "eval" / f"step_{step}", config, about, rows, cost)
+        result = write_evaluation(run / "eval" / f"step_{step}", config, about, held, cost)
         scores = {f"eval/{key}": result[key] for key in ("score", "success", "failure")}
-        write_lines(path, [*lines[:-1], json.dumps(without_nan(row | scores)).encode()])
+        write_rows(path, [*rows[:-1], row | scores])
         write_scalars(board, scores, step)
 
 
@@ -353,11 +347,7 @@ def train(config: Config, user: User | None = None) -> Path:
 
 def main(argv: list[str]) -> int:
     if "-h" in argv or "--help" in argv:
-        print(help_text("python train.py [configs/NAME.py] key=value ... [plan=GPUSxGB, prints the memory it needs]"))
-        return 0
-    machine = [arg.removeprefix("plan=") for arg in argv if arg.startswith("plan=")]
-    if machine:
-        print(plan(load_config([arg for arg in argv if not arg.startswith("plan=")]), machine[-1]))
+        print(help_text("python train.py [configs/NAME.py] key=value ..."))
         return 0
     config, main_rank = load_config(argv), int(os.environ.get("RANK", 0)) == 0
     try:

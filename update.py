@@ -19,13 +19,12 @@ from torch.distributed.tensor import DTensor
 
 import grpo
 import ppo
+from checkpoint import load_model
 from config import Config
 from dist import World, clip_gradients, make_replica, release, shard
-from engine import hash_key
 from model import PackedAttention, Transformer, ValueHead, add_adapters, predictors, token_logprobs
 from rollout import Batch, Dialogue, Trajectory, balance, pack, split, token_rewards, trajectories
-from simulator import Key
-from weights import load_model
+from simulator import Key, hash_key
 
 
 @dataclass

@@ -19,10 +19,10 @@ from conftest import make_engine, make_jobs, make_talk  # noqa: E402
 from server import PROMPT, serve  # noqa: E402
 
 from chat import load_tokenizer, make_chat  # noqa: E402
-from llm import Endpoint  # noqa: E402
 from rollout import run_dialogues  # noqa: E402
-from sentient import LLMUser  # noqa: E402
 from simulator import EmotionRules  # noqa: E402
+from users.clients import Endpoint  # noqa: E402
+from users.llm_user import LLMUser  # noqa: E402
 
 
 def main(dialogues: int = 32, turns: int = 8, seconds: float = 0.5) -> None:

@@ -1,4 +1,4 @@
-"""Memory: what an update really takes on the CPU, next to what plan.py says.
+"""Memory: what an update really takes on the CPU, next to what scripts/plan.py says.
 
     python bench/memory.py [models/smollm2-135m-instruct]
 
@@ -26,8 +26,8 @@ from chat import Reply  # noqa: E402
 from config import Config  # noqa: E402
 from dist import World  # noqa: E402
 from engine import Engine  # noqa: E402
-from plan import memory, model_shape, peak  # noqa: E402
 from rollout import Dialogue, Turn  # noqa: E402
+from scripts.plan import memory, model_shape, peak  # noqa: E402
 from simulator import Profile, UserTurn  # noqa: E402
 from update import build, update  # noqa: E402
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from chat import load_tokenizer, make_chat  # noqa: E402
+from chat import banned_ids, load_tokenizer, make_chat  # noqa: E402
+from checkpoint import load_model  # noqa: E402
 from engine import Engine  # noqa: E402
-from model import PackedAttention, banned_ids, predictors, token_logprobs  # noqa: E402
-from weights import load_model  # noqa: E402
+from model import PackedAttention, predictors, token_logprobs  # noqa: E402
 
 
 def generation(model, chat, batch: int, new: int = 64) -> tuple[float, float]:

@@ -15,10 +15,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from chat import load_tokenizer  # noqa: E402
 from config import load_config  # noqa: E402
-from llm import Answer, Usage  # noqa: E402
-from logs import read_log  # noqa: E402
-from sentient import LLMUser  # noqa: E402
+from score import read_log  # noqa: E402
 from simulator import INTENTIONS, PERSONA_TYPES, EmotionRules, Failed, Profile, canonical, cjk_share  # noqa: E402
+from users.clients import Answer, Usage  # noqa: E402
+from users.llm_user import LLMUser  # noqa: E402
 
 
 class Script:

@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 8 train.py configs/ppo.py user=llm user_url=... user_model=...
 
-Hardware: 8 GPUs of 80 GB, of which the plan (plan=8x80) fills 52 GB each; not yet run. Steps: the paper's curves end
-at 350. The paper's result (DeepSeek-V3 as the user): Sentient score 61.7, success 24, failure 23.
+Hardware: 8 GPUs of 80 GB, of which the plan fills 52 GB each (python scripts/plan.py configs/ppo.py 8x80);
+not yet run. Steps: the paper's curves end at 350. The paper's result (DeepSeek-V3 as the user): Sentient score 61.7,
+success 24, failure 23.
 """
 
 from config import Config

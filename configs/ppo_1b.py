@@ -2,7 +2,7 @@
 
     python train.py configs/ppo_1b.py
 
-Not yet run. Planned memory (python train.py configs/ppo_1b.py plan=1x80): 65 GB. The dialogues are shorter than
+Not yet run. Planned memory (python scripts/plan.py configs/ppo_1b.py 1x80): 65 GB. The dialogues are shorter than
 in configs/ppo.py: replies of at most 512 tokens, 8192 tokens a dialogue.
 """
 

@@ -2,7 +2,7 @@
 
     python train.py configs/ppo_lora_1gpu.py
 
-Not yet run. Planned memory (python train.py configs/ppo_lora_1gpu.py plan=1x80): 47 GB, at the highest while an
+Not yet run. Planned memory (python scripts/plan.py configs/ppo_lora_1gpu.py 1x80): 47 GB, at the highest while an
 evaluation has a KV cache of its own beside that of training. The learning rates are ten times those of configs/ppo.py,
 since adapters start from nothing; they have not been tuned.
 """

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from offline import appraise, user_hash
 from simulator import parse_profile
+from users.offline import appraise, user_hash
 
 
 def ranks(values: list[float]) -> np.ndarray:

@@ -11,8 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from config import InputError, load_config  # noqa: E402
-from eval import user_name  # noqa: E402
 from simulator import load_profiles  # noqa: E402
+from users import user_name  # noqa: E402
 
 
 def run(*command: str) -> None:

@@ -19,7 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from logs import by_profile, paired_bootstrap, read_log, summary  # noqa: E402
+from score import by_profile, paired_bootstrap, read_log, summary  # noqa: E402
 
 
 def curves(runs: list[Path], png: Path) -> None:

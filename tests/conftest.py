@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from chat import load_tokenizer, make_chat
+from chat import banned_ids, load_tokenizer, make_chat
+from checkpoint import init_weights
 from engine import Engine
-from model import PackedAttention, Transformer, banned_ids
+from model import PackedAttention, Transformer
 from rollout import Job, Talk
 from simulator import Appraisal, EmotionRules, Failed, Profile, UserTurn
-from weights import init_weights
 
 # It logs every tensor of every checkpoint, and pytest would print all of it below a failure.
 logging.getLogger("c10d-NullHandler-dcp_logger").propagate = False

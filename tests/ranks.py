@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from chat import banned_ids  # noqa: E402
+from checkpoint import save_model  # noqa: E402
 from config import Config  # noqa: E402
-from dist import World, close, gathered, make_replica, refill, start  # noqa: E402
+from dist import World, close, gathered, local, make_replica, refill, rows, start, whole  # noqa: E402
 from engine import Engine  # noqa: E402
-from model import PackedAttention, banned_ids  # noqa: E402
+from model import PackedAttention  # noqa: E402
 from update import build, update  # noqa: E402
-from weights import local, rows, save_model, whole  # noqa: E402
 
 
 def disturb(state):

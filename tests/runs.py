@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 import train
+from checkpoint import checkpoints
 from config import Config, check
-from dist import checkpoints
 from simulator import EmotionRules
 
 TIMED = ("time/rollout", "time/update", "time/step", "rollout/tokens_per_s", "rollout/wait")

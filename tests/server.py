@@ -1,4 +1,5 @@
-"""A loopback chat server that plays an ideal user, or the faults of a script: what llm.py has to live with."""
+"""A loopback chat server that plays an ideal user, or the faults of a script: what users/clients.py has to
+live with."""
 
 import json
 import socket
@@ -9,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from sentient import APPRAISAL
+from users.llm_user import APPRAISAL
 
 PROMPT = {  # short ones: a byte is a token for the tiny models
     "opening": '{scene} Keys: "thinking", "response".\n=====\nBegin.',

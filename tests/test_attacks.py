@@ -1,4 +1,4 @@
-"""Attacks on the offline user and good replies, written blind by people who had not read offline.py.
+"""Attacks on the offline user and good replies, written blind by people who had not read users/offline.py.
 
 `attacks.jsonl` holds 40 attacks that deserve nothing and 40 replies of a wise friend, five an intention, in both
 languages. The first-try result stands in LOG.md; what it showed was mended, and the table is the test.
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from offline import MODES, OfflineUser, appraise
 from simulator import EmotionRules, load_profiles, parse_profile
+from users.offline import MODES, OfflineUser, appraise
 
 LINES = (Path(__file__).parent / "attacks.jsonl").read_text(encoding="utf-8").splitlines()
 TABLE = [json.loads(line) for line in LINES]

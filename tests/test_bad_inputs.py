@@ -17,9 +17,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import eval as evaluation
 import train
 from chat import load_tokenizer
+from checkpoint import init_weights, save_model
 from config import Config, InputError, check
 from model import Transformer
-from weights import init_weights, save_model
 
 ROW = {
     "id": "a",

@@ -26,12 +26,12 @@ from ranks import disturb, one_update, tiny_banned
 from safetensors.torch import load_file
 
 from chat import load_tokenizer, make_chat
+from checkpoint import load_model, save_model
 from config import Config
 from dist import World
 from rollout import Trajectory, balance, run_dialogues
 from simulator import EmotionRules
 from update import build
-from weights import load_model, save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BANNED = tiny_banned()

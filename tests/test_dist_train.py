@@ -16,9 +16,8 @@ from runs import metrics, untimed
 from safetensors.torch import load_file
 from test_dist import torchrun
 
+from checkpoint import checkpoints, load_model
 from config import load_config
-from dist import checkpoints
-from weights import load_model
 
 LEARNT = ["reward/mean", "policy/loss", "policy/entropy", "policy/grad_norm", "value/loss", "value/explained_variance"]
 SMALL = ["max_turns=2", "eval_every=0", "save_every=2", "steps=4", "critic=trunk", "keep=9"]

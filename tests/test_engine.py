@@ -7,8 +7,9 @@ import torch
 from conftest import hidden_states, random_ids, tiny_model
 
 import engine as engine_module
-from engine import Decode, Engine, KVCache, Prefill, hash_key, inverse_cdf, uniform
+from engine import Decode, Engine, KVCache, Prefill, inverse_cdf, uniform
 from model import ValueHead, predictors, token_logprobs
+from simulator import hash_key
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CLOSE = dict(rtol=0, atol=1e-4)

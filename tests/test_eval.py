@@ -16,8 +16,8 @@ import train
 from chat import Reply
 from config import Config, InputError
 from eval import main
-from logs import by_profile, mismatches, paired_bootstrap, read_log, summary
 from rollout import Dialogue, Turn, log_line
+from score import by_profile, mismatches, paired_bootstrap, read_log, summary
 from simulator import Appraisal, EmotionRules, Failed, UserTurn
 
 LOG = Path(__file__).parent / "every_ending.jsonl"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fluency import AGAINST, DATA, EXPECTED, blank, naturalness, run_on, salad, sentences, speech, tokens
+from users.fluency import AGAINST, DATA, EXPECTED, blank, naturalness, run_on, salad, sentences, speech, tokens
 
 ROWS = [json.loads(line) for line in (Path(__file__).parent / "attacks.jsonl").read_text(encoding="utf-8").splitlines()]
 GOOD = {x: [row for row in ROWS if row["kind"] == "good" and row["language"] == x] for x in ("en", "zh")}

@@ -1,5 +1,6 @@
 """The offline user says today what it said before: appraisals, emotions and words of 50 dialogues, in both languages
-and both modes, kept in golden_appraisals.jsonl. Whoever changes the user on purpose raises its VERSION and writes them anew:
+and both modes, kept in golden_appraisals.jsonl. Whoever changes the user on purpose raises its
+VERSION and writes them anew:
 
     python tests/test_golden.py
 """
@@ -13,8 +14,8 @@ import pytest
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from offline import MODES, OfflineUser  # noqa: E402
 from simulator import EmotionRules, parse_profile  # noqa: E402
+from users.offline import MODES, OfflineUser  # noqa: E402
 
 GOLDEN, COUNT = HERE / "golden_appraisals.jsonl", 25  # replies in each language
 

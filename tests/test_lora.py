@@ -15,11 +15,11 @@ from test_dist import frozen_dialogues
 import eval as evaluation
 import train
 from chat import load_tokenizer
+from checkpoint import checkpoints, load_model, save_adapter, save_model
 from config import Config
-from dist import World, checkpoints
+from dist import World
 from model import Linear, PackedAttention
 from update import build, update, values
-from weights import load_model, save_adapter, save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BANNED = tiny_banned()

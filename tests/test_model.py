@@ -9,10 +9,10 @@ import transformers
 from conftest import hidden_states, random_ids, tiny_model, tiny_raw
 from safetensors.torch import load_file, save_file
 
-from chat import load_tokenizer
+from chat import banned_ids, load_tokenizer
+from checkpoint import load_model, save_model
 from config import InputError
-from model import ValueHead, banned_ids, predictors, sampling_logits, token_logprobs
-from weights import load_model, save_model
+from model import ValueHead, predictors, sampling_logits, token_logprobs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CLOSE = dict(rtol=0, atol=1e-4)

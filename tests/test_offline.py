@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import offline
-from offline import MODES, WEIGHTS, OfflineUser, appraise, facts, user_hash
 from simulator import INTENTIONS, EmotionRules, Profile, load_profiles
+from users import offline
+from users.offline import MODES, WEIGHTS, OfflineUser, appraise, facts, user_hash
 
 RELEASED = Path(os.environ.get("RLVER_DATA", Path(__file__).parents[2] / "shared" / "data"))
 STORIES = {  # language: (scene, what the user has said)

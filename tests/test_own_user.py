@@ -7,7 +7,7 @@ from conftest import ROOT
 from runs import metrics, tiny_runs  # noqa: F401
 
 import train
-from logs import mismatches, read_log
+from score import mismatches, read_log
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,14 +18,14 @@ import pytest
 from conftest import make_engine, make_jobs, make_talk
 from server import prompts_folder  # noqa: F401
 
-import eval as evaluation
 import train
+import users
 from config import Config
-from llm import Answer, Endpoint, Local, usage_metrics
-from logs import mismatches, read_log
 from rollout import log_line, run_dialogues
-from sentient import LLMUser
+from score import mismatches, read_log
 from simulator import EmotionRules
+from users.clients import Answer, Endpoint, Local, usage_metrics
+from users.llm_user import LLMUser
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 START = 120  # seconds that the server may take to load the model
@@ -89,7 +89,7 @@ def test_smollm2_learns_two_steps_of_grpo_from_smollm2(smollm2, folder, tmp_path
         return [(call, Answer(frame(answer.text))) for call, answer in answers]
 
     monkeypatch.setattr(Local, "poll", framed)
-    monkeypatch.setattr(evaluation, "connect", evaluation.connect.__wrapped__)
+    monkeypatch.setattr(users, "connect", users.connect.__wrapped__)
     rows = (Path(__file__).parent.parent / "data/en_train.jsonl").read_text().splitlines()[:2]
     (tmp_path / "two.jsonl").write_text("\n".join(rows))
     config = Config(

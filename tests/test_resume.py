@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 import eval as evaluation
 import rundir
 import train
-from config import InputError
-from dist import World, check_files, checkpoints, load_checkpoint, save_checkpoint
+from checkpoint import check_files, checkpoints, load_checkpoint, save_checkpoint
+from config import InputError, add_rows
+from dist import World
 from update import build
 
 KINDS = {
@@ -58,7 +59,7 @@ def test_a_line_ends_at_a_newline_and_nowhere_else(tmp_path):
     """U+2028 and U+0085 stand raw in a dialogue when the policy samples them; str.splitlines would cut there."""
     path = tmp_path / "dialogues.jsonl"
     rows = [{"step": step, "text": "one\u2028two\u0085three"} for step in (1, 2, 3)]
-    rundir.append(path, rows)
+    add_rows(path, rows)
     rundir.cut_back(path, 2)
     assert path.read_text(encoding="utf-8") == "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[:2])
 
@@ -216,7 +217,7 @@ def test_a_signal_while_the_model_is_saved_lets_the_save_finish(tiny, monkeypatc
     config = tiny(steps=1)
     with monkeypatch.context() as patch, pytest.raises(train.Stop) as stop:
         patch.setattr(train, "save_model", lambda *args: os.kill(os.getpid(), signal.SIGINT) or real(*args))
-        real = sys.modules["weights"].save_model
+        real = sys.modules["checkpoint"].save_model
         go(config)
     assert stop.value.code == 130
     assert {"config.json", "model.safetensors"} <= set(os.listdir(Path(config.run) / "model"))

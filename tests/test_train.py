@@ -15,10 +15,10 @@ import engine
 import eval as evaluation
 import ppo
 import train
-from dist import World, checkpoints
+from checkpoint import checkpoints, load_model
+from dist import World
 from simulator import Failed, load_profiles
 from update import build, set_learning_rates
-from weights import load_model
 
 ALWAYS = """step reward/mean reward/std emotion/final policy/loss policy/approx_kl policy/clipfrac policy/entropy
 policy/grad_norm rollout/tokens rollout/tokens_per_s rollout/sampler_gap rollout/turns simulator/failed simulator/calls

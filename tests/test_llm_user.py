@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from server import PROMPT, prompts_folder  # noqa: F401
 
 from config import InputError
-from sentient import APPRAISAL, SLOTS, SPEECH, LLMUser, load_prompts, read_change, read_fields
 from simulator import EmotionRules
+from users.llm_user import APPRAISAL, SLOTS, SPEECH, LLMUser, load_prompts, read_change, read_fields
 
 TOLD = "Well, this is what I say."
 

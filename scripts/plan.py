@@ -1,6 +1,7 @@
 """The memory plan: bytes per GPU of every part of a run, from a config and a model's dimensions alone.
 
-    python train.py configs/ppo.py plan=8x80         8 GPUs of 80 GB;  plan=4x8x80: four nodes of that kind
+    python scripts/plan.py configs/ppo.py 8x80         8 GPUs of 80 GB;  4x8x80: four nodes of that kind
+    python scripts/plan.py configs/ppo.py 8x80 model=Qwen/Qwen3-8B    any option may be changed
 
 Neither GPUs nor weights are needed: a hub name is looked up in configs/shapes/ first. What is there always (weights,
 gradients, Adam, KV cache) is listed apart from what comes and goes: rollout, evaluation, and the two heights of the
@@ -11,16 +12,19 @@ Letters as in model.py: T packed tokens, D width, H query heads, G key/value hea
 the width of the MLP. A GB is 10^9 bytes; a GPU sold with 80 has about 85, the difference is left to fragmentation.
 """
 
+import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
-from config import Config, InputError, find_folder
-from engine import PREFILL
-from model import CHUNK, ModelConfig
-from simulator import load_profiles
-from weights import read_json
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from config import Config, InputError, find_folder, load_config, read_json  # noqa: E402
+from engine import PREFILL  # noqa: E402
+from model import CHUNK, ModelConfig  # noqa: E402
+from simulator import load_profiles  # noqa: E402
 
-SHAPES = Path(__file__).parent / "configs" / "shapes"
+SHAPES = ROOT / "configs" / "shapes"
 LOGITS_COPIES = 6  # fp32 [CHUNK, V] at once in the backward pass of a chunk: the logits, and five from them
 SAMPLING = 29  # bytes per logit while a token is drawn: fp32 logits, fp64 sums, int64 ranks, a mask
 CUDA = 2_000_000_000  # an estimate, not measured: CUDA context, cuBLAS workspaces, NCCL buffers
@@ -200,7 +204,7 @@ def read_machine(text: str) -> tuple[int, int]:
     """"8x80" or "4x8x80" as (GPUs in all, GB of each). Raises InputError."""
     numbers = text.split("x")
     if len(numbers) not in (2, 3) or not all(number.isdecimal() and int(number) > 0 for number in numbers):
-        raise InputError(f"plan={text}: is GPUs x GB, for example plan=8x80, or nodes x GPUs x GB, plan=4x8x80")
+        raise InputError(f"{text}: a machine is GPUs x GB, for example 8x80, or nodes x GPUs x GB, 4x8x80")
     *counts, size = map(int, numbers)
     return counts[0] * counts[-1] if len(counts) == 2 else counts[0], size
 
@@ -233,3 +237,19 @@ def table(config: Config, c: ModelConfig, found: dict, machine: str, size: int, 
     if config.user == "local":
         lines.append("the user's model (user=local) is not counted")
     return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    machines = [arg for arg in argv if re.fullmatch(r"[\dx]+", arg)]
+    if len(machines) != 1:
+        raise InputError("scripts/plan.py wants a config and a machine: python scripts/plan.py configs/ppo.py 8x80")
+    print(plan(load_config([arg for arg in argv if arg not in machines]), machines[0]))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -2,7 +2,7 @@
 
 Here live its two hops, how its prompts are read (prompts/LANGUAGE/MODE/*.txt, or a folder of one's own), and how its
 answers are understood: tolerant of form, strict about the one number that becomes the reward. Who generates the text is
-`llm.py`'s business, who the person is `simulator.py`'s.
+`clients.py`'s business, who the person is `simulator.py`'s.
 """
 
 import json
@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from config import InputError
-from llm import Answer, Call
 from simulator import INTENTIONS, PERSONA_TYPES, Appraisal, EmotionRules, Failed, Key, Profile, UserTurn, band
+from users.clients import Answer, Call
 
 # A user that says one of these takes its leave (rule 7), unless it tells of somebody's: "he never said goodbye".
 GOODBYE = {
@@ -149,7 +149,7 @@ class Session:
 class LLMUser:
     """The sentient user of RLVER and SAGE: a language model that appraises a reply (hop one) and answers it (hop two).
 
-    `client` (llm.py) answers calls; `prompts` is a folder of prompts in place of prompts/LANGUAGE/MODE; `one_call` asks
+    `client` answers calls; `prompts` is a folder of prompts in place of prompts/LANGUAGE/MODE; `one_call` asks
     both hops at once, at half the latency. An answer that cannot be read is asked again up to `retries` times under
     another seed; then the dialogue has failed. Sources: RLVER, section 2; SAGE, section 2.
     """
@@ -159,7 +159,7 @@ class LLMUser:
     def __init__(self, client, rules: EmotionRules, mode: str = "vanilla", prompts: str = "", one_call: bool = False,
                  retries: int = 5):
         self.client, self.rules, self.one_call, self.retries = client, rules, one_call, retries
-        ours = Path(__file__).parent / "prompts"
+        ours = Path(__file__).parent.parent / "prompts"
         self.prompts = {lang: load_prompts(Path(prompts) if prompts else ours / lang / mode) for lang in self.NAMES}
         self.sessions: dict[Key, Session] = {}
         self.started: set[Key] = set()  # in this rollout

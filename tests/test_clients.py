@@ -15,18 +15,17 @@ from runs import argv, metrics, restored, tiny_runs  # noqa: F401
 from server import ideal, prompts_folder, serve  # noqa: F401
 
 import eval as evaluation
-import llm
 import rundir
 import train
+import users
 from chat import Reply, load_tokenizer
+from checkpoint import checkpoints, save_model
 from config import Config, InputError
-from dist import checkpoints
-from engine import hash_key
-from llm import Answer, Call, Endpoint, Record, Usage, usage_metrics
 from rollout import USER_STREAM, log_line, run_dialogues
-from sentient import APPRAISAL, GOODBYE, LLMUser
-from simulator import EmotionRules
-from weights import save_model
+from simulator import EmotionRules, hash_key
+from users import clients
+from users.clients import Answer, Call, Endpoint, Record, Usage, usage_metrics
+from users.llm_user import APPRAISAL, GOODBYE, LLMUser
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,8 +33,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(autouse=True)
 def no_backoff(monkeypatch):
     """Tries follow each other at once, and the circuit breaker's pauses are short."""
-    monkeypatch.setattr(llm, "random", SimpleNamespace(uniform=lambda low, high: 0.0))
-    monkeypatch.setattr(llm, "PAUSE", (0.05, 0.1))
+    monkeypatch.setattr(clients, "random", SimpleNamespace(uniform=lambda low, high: 0.0))
+    monkeypatch.setattr(clients, "PAUSE", (0.05, 0.1))
 
 
 # --- the endpoint
@@ -118,9 +117,9 @@ def test_retry_after_is_honoured_and_gives_up_where_it_asks_for_too_long():
 
 
 def test_retry_after_is_a_number_or_a_date():
-    assert [llm.retry_after(text) for text in ("7", "0.5", "", "soon", "-3")] == [7.0, 0.5, 0.0, 0.0, 0.0]
-    assert 25 < llm.retry_after(email.utils.formatdate(time.time() + 30, usegmt=True)) <= 30
-    assert llm.retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+    assert [clients.retry_after(text) for text in ("7", "0.5", "", "soon", "-3")] == [7.0, 0.5, 0.0, 0.0, 0.0]
+    assert 25 < clients.retry_after(email.utils.formatdate(time.time() + 30, usegmt=True)) <= 30
+    assert clients.retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
 
 
 def test_a_dialogue_waits_no_longer_than_it_may_over_all_its_calls():
@@ -137,8 +136,8 @@ def test_a_dialogue_waits_no_longer_than_it_may_over_all_its_calls():
 
 
 def test_after_several_failures_in_a_row_nobody_asks_for_a_while(monkeypatch):
-    monkeypatch.setattr(llm, "PAUSE", (0.5, 0.5))
-    with serve(*["500"] * llm.BREAK_AFTER) as server:
+    monkeypatch.setattr(clients, "PAUSE", (0.5, 0.5))
+    with serve(*["500"] * clients.BREAK_AFTER) as server:
         client = endpoint(server, retries=20, concurrency=2)
         limit = time.monotonic() + 5
         client.submit(call())
@@ -146,7 +145,7 @@ def test_after_several_failures_in_a_row_nobody_asks_for_a_while(monkeypatch):
             time.sleep(0.01)
         assert all(answer.text for _, answer in [*client.poll(5), *zip([0], ask(client, call(1)))])
         gaps = [b - a for a, b in zip(server.times, server.times[1:])]
-        assert max(gaps[: llm.BREAK_AFTER - 1]) < 0.3 and gaps[llm.BREAK_AFTER - 1] > 0.4 and len(gaps) == 9
+        assert max(gaps[: clients.BREAK_AFTER - 1]) < 0.3 and gaps[clients.BREAK_AFTER - 1] > 0.4 and len(gaps) == 9
         client.paused_until, client.dialogue_timeout = time.monotonic() + 60, 0.3
         assert ask(client, call(2))[0].failed and len(server.times) == 10
 
@@ -295,16 +294,16 @@ def test_a_replay_needs_no_server_and_names_a_call_that_was_not_recorded(chat, f
     with serve(fault=lambda n: shaky.get(n, ""), delay=lambda n: n * 7 % 5 / 100) as server:
         config = Config(user="llm", user_model="m", user_url=server.url, record="record", record_file=str(path),
                         run=str(tmp_path / "run"))  # fmt: skip
-        recorded = logged(hold(chat, evaluation.make_client(config), folder))
+        recorded = logged(hold(chat, users.make_client(config), folder))
         made, replay = server.connections, Config(**{**vars(config), "record": "replay", "user_key_env": "NONE"})
-        assert logged(hold(chat, evaluation.make_client(replay), folder)) == recorded
+        assert logged(hold(chat, users.make_client(replay), folder)) == recorded
         assert server.connections == made > 0
         with pytest.raises(InputError, match=r"record.jsonl: dialogue \d\.\d, turn 1, appraisal"):
-            hold(chat, evaluation.make_client(replay), folder, make_jobs(2, 2, scene="Another."))
+            hold(chat, users.make_client(replay), folder, make_jobs(2, 2, scene="Another."))
         with pytest.raises(InputError, match=r"dialogue \d\.\d, turn 7, appraisal"):
-            hold(chat, evaluation.make_client(replay), folder, turns=4)
+            hold(chat, users.make_client(replay), folder, turns=4)
     path.write_bytes(path.read_bytes() + b'{"address": ')  # a kill in the middle of a line
-    assert logged(hold(chat, Record(path, evaluation.make_client(replay).settings), folder)) == recorded
+    assert logged(hold(chat, Record(path, users.make_client(replay).settings), folder)) == recorded
     Record(path, {}, Patient())
     assert path.read_bytes().endswith(b"}\n")
     path.write_text("[]\n")
@@ -408,7 +407,7 @@ def test_a_local_user_completes_a_rollout_and_answers_the_same_in_any_batch(tiny
     save_model(tiny_model(), load_tokenizer("bytes"), folder.parent / "user")
     config = tiny(user="local", user_model=str(folder.parent / "user"), user_tokens=8, user_context=400,
                   user_concurrency=3, user_retries=1, prompts=str(folder))  # fmt: skip
-    client = evaluation.make_client(config)
+    client = users.make_client(config)
     calls = [call(member, user=f"{member}" * 50 * member) for member in range(4)]
     calls += [call(1, turn=3), call(4, user="x" * 400)]
     together = ask(client, *calls)

@@ -4,16 +4,13 @@ Logs are JSON lines in SAGE's format, gzipped or not: ours, and SAGE's own. Scor
 100, failure = below 10; a dialogue whose user failed counts in none of them (arXiv 2505.02847, section 2).
 """
 
-import gzip
-import json
 import math
-import zlib
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
-from config import InputError
+from config import InputError, read_rows
 from rollout import EXCLUDED
 from simulator import INTENTIONS, PERSONA_TYPES, EmotionRules, band, canonical
 
@@ -24,33 +21,18 @@ def read_log(path: str) -> list[dict]:
     """The dialogues of a log, gzipped or not. Raises InputError naming the line that is off."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such log")
-    data, rows = Path(path).read_bytes(), []
-    try:
-        data = gzip.decompress(data) if path.endswith(".gz") else data
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: not gzip, or cut short ({error})") from None
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path}:{number}: not JSON ({error})") from None
+    rows = []
+    for where, row in read_rows(Path(path)):
         wanted = ["id", "history"]
-        if isinstance(row, dict) and row.get("status", "ok") == "ok":
+        if row.get("status", "ok") == "ok":
             wanted += ["emo_point", "emo_state"]
         for key in wanted:
-            if not isinstance(row, dict) or key not in row:
-                raise InputError(f"{path}:{number}: no key {key!r}; a SAGE dialogue log is expected")
-        rows.append({**row, "line": number})
+            if key not in row:
+                raise InputError(f"{where}: no key {key!r}; a SAGE dialogue log is expected")
+        rows.append({**row, "line": int(where.rpartition(":")[2])})
     if not rows:
         raise InputError(f"{path}: holds no dialogue")
     return rows
-
-
-def without_nan(row: dict) -> dict:
-    """The row with None for the numbers that are not finite: JSON has no word for them."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def completed(rows: list[dict]) -> list[dict]:

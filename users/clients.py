@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from config import InputError
+from config import InputError, add_rows, own_rows, read_rows, write_rows
 
 USELESS = (400, 401, 402, 403, 404, 422)  # the same request would fail again
 FATAL = (401, 402, 403, 404)  # and so would any other
@@ -315,18 +315,15 @@ class Record:
         self.clock = self.batch = 0
         self.known: dict[str, dict] = {}
         self.due: list[tuple[int, int, int, Call, Answer]] = []  # batch, order, clock, call, answer
-        if client and path.is_file():  # a kill may have left half a line
-            whole = path.read_bytes().rpartition(b"\n")
-            os.truncate(path, len(whole[0] + whole[1]))
+        if client and path.is_file():
+            write_rows(path, own_rows(path))  # without half a line that a kill may have left
         if client is None:
             if not path.is_file():
                 raise InputError(f"{path}: no such record; make it with record=record, or give record_file=FILE")
-            for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-                try:
-                    row = json.loads(line)
-                    self.known[row["address"]] = row
-                except (ValueError, KeyError, TypeError):
-                    raise InputError(f"{path}:{number}: not a line of a record") from None
+            for where, row in read_rows(path, torn=True):
+                if "address" not in row:
+                    raise InputError(f"{where}: not a line of a record")
+                self.known[row["address"]] = row
 
     def begin(self) -> None:
         """A new rollout: its clock starts."""
@@ -348,16 +345,15 @@ class Record:
         if not self.client:
             return self.replayed(idle=bool(timeout))
         got = self.client.poll(timeout)
-        lines = []
+        rows = []
         for order, (call, answer) in enumerate(got):
             row = {"address": call.address(self.settings), "where": call.where, "clock": self.clock + bool(timeout),
                    "batch": self.batch, "order": order, "text": answer.text, "failed": answer.failed}
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+            rows.append(row)
         self.batch += bool(got)
-        if lines:
+        if rows:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.writelines(lines)
+            add_rows(self.path, rows)
         return got
 
     def replayed(self, idle: bool) -> list[tuple[Call, Answer]]:

@@ -12,12 +12,12 @@ import math
 import re
 import tomllib
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 
-from fluency import DATA, clip, naturalness, run_on, salad, sentences, stem, tokens
 from simulator import Appraisal, EmotionRules, Failed, Key, Profile, UserTurn, band, cjk_share
+from users.fluency import DATA, clip, naturalness, run_on, salad, sentences, stem, tokens
 
+VERSION = "1"  # raise it with every change here or in fluency.py that moves a golden appraisal (tests/test_golden.py)
 FAULTS = ("cliche", "lecture", "blame", "flattery", "markdown")
 # Emotion points of one grounded move, by hidden intention; negative: the wrong need, which costs grounded or not.
 WEIGHTS = {
@@ -60,10 +60,9 @@ def lexicon(language: str) -> SimpleNamespace:
 
 
 def user_hash() -> str:
-    """What a reward depends on: 16 hex digits over this file, fluency.py and their data."""
-    here = Path(__file__)
-    parts = [path.read_bytes() for path in (here, here.with_name("fluency.py"), *sorted(DATA.iterdir()))]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    """What a reward depends on: VERSION, which says how replies are judged, and 8 hex digits over data/offline/."""
+    data = b"\0".join(path.read_bytes() for path in sorted(DATA.iterdir()))
+    return f"{VERSION}-{hashlib.sha256(data).hexdigest()[:8]}"
 
 
 def saturate(n: int) -> float:

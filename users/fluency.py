@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-DATA = Path(__file__).parent / "data" / "offline"
+DATA = Path(__file__).parent.parent / "data" / "offline"
 # Chinese is measured against each character's own frequency: bookish talk is not garbled, only its order tells.
 AGAINST = {"en": 0.0, "zh": 1.0}  # how much of a word's unigram log-probability is taken off
 EXPECTED = {"en": -5.0, "zh": 9.0}  # a word more probable than this is no better for it

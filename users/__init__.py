@@ -1,0 +1,71 @@
+"""Who plays a person. `make_user` is the one place where the option `user` is decided.
+
+`offline.py` is a user without a language model (`fluency.py` is its ear for how people talk), `llm_user.py` one that is
+a language model, and `clients.py` holds what that model may be: an endpoint, or a checkpoint in our own engine. All of
+them follow the protocol of `simulator.User`; docs/simulators.md shows one of your own in thirty lines.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+from chat import banned_ids, load_tokenizer, make_chat
+from checkpoint import load_model
+from config import Config
+from dist import half_on_gpu, pick_device
+from engine import Engine
+from simulator import EmotionRules, User
+from users.clients import Endpoint, Local, Record
+from users.llm_user import LLMUser
+from users.offline import OfflineUser, user_hash
+
+
+def make_user(config: Config, start: float, mode: str) -> User:
+    """The simulated user of a config: SAGE's emotion rules with this start."""
+    rules = EmotionRules(start=start)
+    if config.user == "offline":
+        return OfflineUser(rules, mode)
+    client = make_client(config)
+    return LLMUser(client, rules, mode, config.prompts, config.one_call, config.user_retries)
+
+
+def user_name(config: Config, mode: str) -> str:
+    """Who the user is, for whoever reads a result: the offline user by version and data, a model by name."""
+    if config.user == "offline":
+        return f"offline {user_hash()}, {mode}"
+    prompts = (config.prompts or "our prompts") + (", one call a turn" if config.one_call else "")
+    model = f"{config.user} {config.user_model} at temperature {config.user_temperature:g}"
+    return f"{model}, {prompts}, {mode}"
+
+
+def make_client(config: Config) -> Endpoint | Local | Record:
+    """The language model that plays the user, recorded or replayed where the config says so."""
+    path = Path(config.record_file or Path(config.run) / "record.jsonl")
+    settings = {
+        "model": config.user_model,
+        "temperature": config.user_temperature,
+        "max_tokens": config.user_tokens,
+    }
+    if config.record == "replay":
+        return Record(path, settings)
+    client = connect(dataclasses.replace(config, record="off", record_file=""))
+    return Record(path, settings, client) if config.record == "record" else client
+
+
+@functools.lru_cache(maxsize=1)
+def connect(config: Config) -> Endpoint | Local:
+    """The live model behind `make_client`. A run's evaluations share it: threads, connections, weights."""
+    if config.user == "llm":
+        return Endpoint(
+            config.user_model, config.user_url, config.user_key_env, config.user_temperature, config.user_tokens,
+            config.user_concurrency, config.user_retries, config.user_try_timeout, config.user_dialogue_timeout,
+            config.user_json,
+        )
+    chat = make_chat(load_tokenizer(config.user_model), think=False)
+    device = pick_device(config)
+    dtype = half_on_gpu(config.precision, device)
+    model = load_model(config.user_model, config.seed, device, lambda model: model.to(dtype))
+    banned = banned_ids(chat.tokenizer, model.config.vocab_size, (chat.end,))
+    slots, context = config.user_concurrency, config.user_context
+    engine = Engine(model, banned, (chat.end,), slots, context, config.user_temperature)
+    return Local(engine, chat, config.user_tokens)
