@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from config import InputError, find_folder, read_json, sync
+from config import Config, InputError, find_folder, read_json, sync
 from dist import World, local, rows, whole
 from model import FAMILIES, Linear, Transformer
 
@@ -187,7 +187,7 @@ def save_model(
         tokenizer.save_pretrained(aside)
 
 
-def save_adapter(model: Transformer, base: str, rank: int, alpha: float, folder: Path, main: bool = True) -> None:
+def save_adapter(model: Transformer, config: Config, folder: Path, main: bool = True) -> None:
     """Write the policy's adapter as `peft` reads it: adapter_config.json and adapter_model.safetensors. As above."""
     gathered, targets = {}, set()
     for name, parameter in model.named_parameters():
@@ -197,12 +197,13 @@ def save_adapter(model: Transformer, base: str, rank: int, alpha: float, folder:
             targets.add(path.rpartition(".")[2])
     if not main:
         return
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank, "lora_alpha": alpha,
-        "target_modules": sorted(targets), "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
+    about = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": config.model, "bias": "none",
+        "r": config.lora_rank, "lora_alpha": config.lora_alpha, "lora_dropout": 0.0, "inference_mode": True,
+        "target_modules": sorted(targets),
     }  # fmt: skip
     with written_aside(folder) as aside:
-        (aside / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (aside / "adapter_config.json").write_text(json.dumps(about, indent=1) + "\n")
         save_file(gathered, aside / "adapter_model.safetensors", metadata={"format": "pt"})
 
 

@@ -71,8 +71,6 @@ class Config:
         ("off", "record", "replay"),
     )
     record_file: str = option("", "where answers are recorded; empty: record.jsonl in the run")
-    price_in: float = option(0.0, "price of a million prompt tokens of the user's model")
-    price_out: float = option(0.0, "price of a million answer tokens")
     # rollout
     groups: int = option(8, "profiles per step")
     group_size: int = option(4, "dialogues per profile")
@@ -122,8 +120,7 @@ class Config:
     gamma: float = option(1.0, "discount per trained token; with credit=turn per turn")
     lam: float = option(1.0, "GAE's lambda per trained token; with credit=turn per turn")
     entropy_coef: float = option(0.001, "weight of the entropy bonus")
-    kl_coef: float = option(0.0, "weight of the KL to the initial policy; 0: no reference model is loaded")
-    kl: str = option("loss", "where the KL enters: loss (k2) or reward (k1)", ("loss", "reward"))
+    kl_coef: float = option(0.0, "weight of the KL (k2) to the initial policy in the loss; 0: no reference model")
     scale_advantage: bool = option(True, "GRPO: divide by the group's standard deviation; PPO: whiten the advantages")
     # evaluation and bookkeeping
     eval_every: int = option(0, "evaluate every so many steps; 0: never during training")
@@ -166,7 +163,7 @@ class Config:
 MAY_CHANGE = (
     "steps", "save_every", "keep", "eval_every", "resume", "run", "threads", "device", "user_url", "user_key_env",
     "user_concurrency", "user_retries", "user_try_timeout", "user_dialogue_timeout", "record", "record_file",
-    "shard", "generation", "price_in", "price_out",
+    "shard", "generation",
 )
 
 
@@ -257,8 +254,7 @@ def check(config: Config) -> Config:
             raise InputError(f"option {key!r} must be above 0, not {getattr(config, key)}")
     for key in (
         "warmup", "critic_warmup", "weight_decay", "value_clip", "vf_coef", "entropy_coef", "kl_coef", "eval_every",
-        "save_every", "threads", "shard", "lora_rank", "learn_from", "user_temperature", "user_retries", "price_in",
-        "price_out",
+        "save_every", "threads", "shard", "lora_rank", "learn_from", "user_temperature", "user_retries",
     ):
         if getattr(config, key) < 0:
             raise InputError(f"option {key!r} must not be negative, not {getattr(config, key)}")

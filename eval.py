@@ -37,9 +37,9 @@ from config import (
 )
 from dist import World, half_on_gpu, pick_device
 from model import Transformer
-from rollout import MAX_FAILED, Dialogue, Job, log_line, make_engine, make_talk, run_dialogues
+from rollout import MAX_FAILED, Dialogue, Job, Stage, log_line, make_engine, make_talk
 from score import by_profile, interval, mismatches, paired_bootstrap, read_log, score_line, score_text, summary
-from simulator import Profile, load_profiles
+from simulator import load_profiles
 from update import make_model
 from users import make_user, user_name
 from users.clients import usage_metrics
@@ -49,24 +49,25 @@ EVAL_STREAM = 1 << 32  # stands where a training step's number does, and is neve
 
 
 def evaluate(
-    config: Config, model: Transformer, tokenizer, profiles: list[Profile], title: str, log: Path | None = None,
-    world: World | None = None, check=None,
+    config: Config, model: Transformer, tokenizer, world: World, log: Path | None = None, check=None
 ) -> tuple[dict[tuple, dict], tuple]:
     """Hold `eval_dialogues` benchmark dialogues with each profile under each seed, with the same noise at every call.
 
     Returns log lines by (seed, *key), and the use of a language model as the user (`Usage.drain`); of several ranks
     each holds its share. With `log` every dialogue is written there as it ends, and those that it holds already are
-    not held again; failed ones are. `check` as in `run_dialogues`.
+    not held again; failed ones are. `check` as in `Stage.hold`.
     """
-    chat, talk, world = make_chat(tokenizer, config.think), make_talk(config, training=False), world or World()
+    chat, talk = make_chat(tokenizer, config.think), make_talk(config, training=False)
+    profiles = load_profiles(config.eval_profiles)
     rows = {(row["seed"], *row["key"]): row for row in held_before(log)}
     mine = range(world.rank, len(profiles), world.size)
     numbers = [(i, j) for i in mine for j in range(config.eval_dialogues)]
-    engine = make_engine(config, model, chat, config.eval_temperature, len(numbers), dtype=world.dtype)
-    total, spent = len(numbers) * config.seeds * talk.max_turns, (Counter(), [])
-    with tqdm(total=total, initial=len(rows) * talk.max_turns, desc=title, unit="reply", leave=False,
-              dynamic_ncols=True, disable=not world.main) as bar:
-        for seed in range(config.eval_seed, config.eval_seed + config.seeds):
+    cooler = dataclasses.replace(config, temperature=config.eval_temperature)
+    engine, spent = make_engine(cooler, model, chat, len(numbers), dtype=world.dtype), (Counter(), [])
+    seeds, total = range(config.eval_seed, config.eval_seed + config.seeds), len(numbers) * talk.max_turns
+    with tqdm(total=total * len(seeds), initial=len(rows) * talk.max_turns, desc="evaluation", unit="reply",
+              leave=False, dynamic_ncols=True, disable=not world.main) as bar:
+        for seed in seeds:
 
             def keep(dialogue: Dialogue, seed: int = seed) -> None:
                 row = rows[(seed, *dialogue.key)] = log_line(dialogue, seed=seed)
@@ -80,17 +81,17 @@ def evaluate(
             jobs = [Job((i, j), people[i]) for i, j in numbers if (seed, i, j) not in rows]
             user = make_user(config, config.eval_start_emotion, config.eval_user_mode)
             engine.forget()
-            run_dialogues(jobs, engine, chat, user, talk, (seed, EVAL_STREAM), bar.update, keep, check)
+            Stage(engine, chat, user, talk).hold(jobs, (seed, EVAL_STREAM), bar.update, keep, check)
         if isinstance(user, LLMUser):
             spent = user.client.usage.drain()
     return rows, spent
 
 
 def join_evaluation(config: Config, parts: list[tuple[dict[tuple, dict], tuple]]) -> tuple[list[dict], dict]:
-    """What all ranks' `evaluate` returned, as log lines by seed and key, and metrics of the user's cost, if any."""
+    """What all ranks' `evaluate` returned, as log lines by seed and key, and metrics of the user's use, if any."""
     rows = {key: row for found, _ in parts for key, row in found.items()}
-    cost = usage_metrics([spent for _, spent in parts], config.price_in, config.price_out)
-    return [rows[key] for key in sorted(rows)], {} if config.user == "offline" else cost
+    cost = {} if config.user == "offline" else usage_metrics([spent for _, spent in parts])
+    return [rows[key] for key in sorted(rows)], cost
 
 
 def held_before(log: Path | None) -> list[dict]:
@@ -125,7 +126,7 @@ def command_run(argv: list[str]) -> int:
     folder = Path(out or (run / "eval" / final if run else Path("runs") / f"eval-{Path(source).name}"))
     settings = describe(config, name)
     log = begin_evaluation(folder, settings)
-    profiles = load_profiles(config.eval_profiles)
+    load_profiles(config.eval_profiles)  # raises before anything is loaded
     device = pick_device(config)
     world = World(device=device, dtype=half_on_gpu(config.precision, device))
     if not newest:
@@ -137,7 +138,7 @@ def command_run(argv: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
     try:
-        part = evaluate(config, model, tokenizer, profiles, "benchmark", log, world)
+        part = evaluate(config, model, tokenizer, world, log)
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on from {log}", file=sys.stderr)
         return 130
@@ -173,7 +174,7 @@ def command_export(argv: list[str]) -> int:
     dtype = torch.float32 if config.lora_rank else getattr(torch, read_json(checkpoint / "state.json")["dtype"])
     save_model(model, tokenizer, out, dtype=dtype)
     if config.lora_rank:
-        save_adapter(model, config.model, config.lora_rank, config.lora_alpha, out / "adapter")
+        save_adapter(model, config, out / "adapter")
     print(f"{checkpoint} as a Hugging Face folder in {dtype}: {out}")
     return 0
 

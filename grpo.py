@@ -9,40 +9,35 @@ from statistics import fmean, pstdev, pvariance
 from simulator import Key
 
 
-def group_advantages(rewards: dict[Key, float], scale: bool) -> tuple[dict[Key, float], float]:
-    """Advantage per dialogue, reward minus the group's mean, divided by the group's spread if `scale`.
+def group_advantages(
+    to_go: dict[Key, list[float]], scale: bool
+) -> tuple[dict[Key, list[float]], float]:
+    """Advantage per action: the reward still to come from it, minus the mean of its group's same action.
 
-    `rewards` holds completed dialogues only. A group of one survivor has no baseline and is dropped: its key is absent
-    from the result. Also returns the share of kept groups without any spread, which teach nothing.
+    `to_go` holds completed dialogues only: one number each where a dialogue is one action, or one a turn. Divided by
+    the group's spread if `scale`. A dialogue that is alone in its group has no baseline and is dropped: its key is
+    absent from the result. A turn that no other member has reached has no baseline either and gets 0. Also returns the
+    share of groups without any spread, which teach nothing (with turns, the mean of that over turns).
+        (0, 0): [.9, .5]  (0, 1): [.1]  (1, 0): [.3]  ->  (0, 0): [.4, 0]  (0, 1): [-.4]    without scale
     """
     groups: dict[int, list[Key]] = {}
-    for key in sorted(rewards):
+    for key in sorted(to_go):
         groups.setdefault(key[0], []).append(key)
     kept = [keys for keys in groups.values() if len(keys) > 1]
-    advantages, flat = {}, 0
-    for keys in kept:
-        values = [rewards[key] for key in keys]
-        mean, spread = fmean(values), pstdev(values)
-        flat += spread < 1e-8
-        for key, value in zip(keys, values):
-            advantages[key] = (value - mean) / (spread + 1e-6 if scale else 1.0)
-    return advantages, flat / max(1, len(kept))
-
-
-def turn_advantages(to_go: dict[Key, list[float]], scale: bool) -> tuple[dict[Key, list[float]], float]:
-    """Advantage per turn: the reward still to come from it, against that of the group's same turn.
-
-    With one entry a dialogue this is `group_advantages`. What happened before a turn is neither blamed on it nor
-    praised; a turn that no other member of the group has reached has no baseline and gets 0.
-    """
-    advantages: dict[Key, list[float]] = {key: [0.0] * len(values) for key, values in to_go.items()}
-    flat = []
-    for turn in range(max(map(len, to_go.values()))):
-        found, share = group_advantages({k: values[turn] for k, values in to_go.items() if turn < len(values)}, scale)
-        flat.append(share)
-        for key, amount in found.items():
-            advantages[key][turn] = amount
-    return advantages, fmean(flat)
+    advantages = {key: [0.0] * len(to_go[key]) for keys in kept for key in keys}
+    flat = []  # for each action the share of groups without spread
+    for action in range(max(map(len, advantages.values()), default=0)):
+        spreads = []
+        for keys in kept:
+            reached = [key for key in keys if action < len(to_go[key])]
+            values = [to_go[key][action] for key in reached]
+            if len(values) > 1:
+                mean, spread = fmean(values), pstdev(values)
+                spreads.append(spread)
+                for key, value in zip(reached, values):
+                    advantages[key][action] = (value - mean) / (spread + 1e-6 if scale else 1.0)
+        flat.append(sum(spread < 1e-8 for spread in spreads) / max(1, len(spreads)))
+    return advantages, fmean(flat) if flat else 0.0
 
 
 def most_varied(rewards: dict[Key, float], count: int) -> set[Key]:

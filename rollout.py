@@ -1,6 +1,6 @@
 """From profiles to packed batches: run many dialogues at once, read trajectories off them, pack the trajectories.
 
-`run_dialogues` is the loop in which policy (an Engine) and users meet; nobody in it waits for the slowest. Everything
+`Stage.hold` is the loop in which policy (an Engine) and users meet; nobody in it waits for the slowest. Everything
 is keyed by dialogue, (group, member), never by position in a list. Trajectories are built from the very ids that were
 rendered and sampled. What is then done with them is `ppo.py`'s, `grpo.py`'s and `train.py`'s business.
 """
@@ -108,13 +108,13 @@ def make_talk(config: Config, training: bool) -> Talk:
 
 
 def make_engine(
-    config: Config, model: Transformer, chat: Chat, temperature: float, dialogues: int,
-    value_head: ValueHead | None = None, dtype: torch.dtype | None = None,
+    config: Config, model: Transformer, chat: Chat, dialogues: int, value_head: ValueHead | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Engine:
     """An engine for this model with no more slots than there are dialogues."""
     end, slots = (chat.end,), max(1, min(config.slots, dialogues))
     banned = banned_ids(chat.tokenizer, model.config.vocab_size, end)
-    return Engine(model, banned, end, slots, config.context_tokens, temperature, value_head, dtype=dtype)
+    return Engine(model, banned, end, slots, config.context_tokens, config.temperature, value_head, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -125,37 +125,26 @@ class Job:
     profile: Profile
 
 
-def run_dialogues(
-    jobs: list[Job], engine: Engine, chat: Chat, user: User, talk: Talk, seed: tuple[int, ...], progress=None,
-    on_end=None, check=None,
-) -> list[Dialogue]:
-    """Hold all the dialogues, more than slots if need be; returned in key order.
-
-    `seed`, for example (seed, step), together with a dialogue's key determines all its noise. A profile without a
-    first line gets one from its user, once for the whole group. `progress(n)` is called as n replies are done or will
-    not be needed, len(jobs) * max_turns in all; `on_end(dialogue)` as each ends; `check()` before each step of the
-    engine, and what it raises ends the rollout there, never within a forward pass.
-    """
-    stage = Stage(engine, chat, user, talk, seed, progress, on_end)
-    waiting = sorted(jobs, key=lambda job: job.key)
-    while waiting or stage.active:
-        if check:
-            check()
-        waiting = stage.admit(waiting)
-        # Wait for users only when the engine has nothing to do.
-        for key, answer in sorted(user.poll(0.0 if engine.busy else 1.0), key=lambda pair: pair[0]):
-            stage.hear(key, answer)
-        if engine.busy:
-            for row in engine.step():
-                stage.finish_turn(row)
-    return [stage.done[key] for key in sorted(stage.done)]
-
-
 class Stage:
-    """The state of `run_dialogues`: which dialogue sits in which slot, and what each event does to it."""
+    """Where a policy and its users meet: made once for an engine and a user, it holds any number of rollouts.
 
-    def __init__(self, engine: Engine, chat: Chat, user: User, talk: Talk, seed: tuple[int, ...], progress, on_end):
+    Its state during a rollout is which dialogue sits in which slot; its methods are what each event does to that.
+    """
+
+    def __init__(self, engine: Engine, chat: Chat, user: User, talk: Talk):
         self.engine, self.chat, self.user, self.talk = engine, chat, user, talk
+
+    def hold(
+        self, jobs: list[Job], seed: tuple[int, ...], progress=None, on_end=None, check=None
+    ) -> list[Dialogue]:
+        """Hold all the dialogues, more than slots if need be; returned in key order.
+
+        `seed`, for example (seed, step), and a dialogue's key determine all its noise. A profile without a first line
+        gets one from its user, once for the whole group. `progress(n)` is called as n replies are done or will not be
+        needed, len(jobs) * max_turns in all; `on_end(dialogue)` as each ends; `check()` before each step of the engine,
+        and what it raises ends the rollout there, never within a forward pass. The engine must hold nothing of weights
+        that have changed since (`Engine.forget`).
+        """
         self.seed, self.progress = seed, progress or (lambda count: None)
         self.on_end = on_end or (lambda dialogue: None)
         self.active: dict[Key, Dialogue] = {}
@@ -163,6 +152,19 @@ class Stage:
         self.slot_of: dict[Key, int] = {}
         self.key_in: dict[int, Key] = {}
         self.openings: dict[int, str | None] = {}  # group -> its first line; None while it is being made
+        waiting = sorted(jobs, key=lambda job: job.key)
+        while waiting or self.active:
+            if check:
+                check()
+            waiting = self.admit(waiting)
+            # Wait for users only when the engine has nothing to do.
+            answers = self.user.poll(0.0 if self.engine.busy else 1.0)
+            for key, answer in sorted(answers, key=lambda pair: pair[0]):
+                self.hear(key, answer)
+            if self.engine.busy:
+                for row in self.engine.step():
+                    self.finish_turn(row)
+        return [self.done[key] for key in sorted(self.done)]
 
     def admit(self, waiting: list[Job]) -> list[Job]:
         """Start as many dialogues as there are free slots; returns those that still wait."""

@@ -14,7 +14,6 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
-from statistics import median
 from typing import IO
 
 import torch
@@ -28,8 +27,6 @@ from rollout import Dialogue, Talk, log_line
 from users.offline import user_hash
 
 LOCK = ".lock"
-USAGE = [f"simulator/{key}" for key in (
-    "llm_calls", "tokens_in", "tokens_out", "cost", "retries", "parse_failures", "clamped", "failed")]  # fmt: skip
 
 
 def open_run(config: Config) -> Path:
@@ -112,17 +109,15 @@ def best_step(run: Path) -> int | None:
 
 
 def log_step(
-    run: Path, step: int, dialogues: list[Dialogue], metrics: dict[str, float], board: SummaryWriter, bar: tqdm
+    run: Path, step: int, dialogues: list[Dialogue], metrics: dict[str, float], board: SummaryWriter
 ) -> None:
-    """What a step was, into the run's files and onto the screen."""
+    """What a step was, into the run's files."""
     add_rows(run / "dialogues.jsonl", [log_line(dialogue, step=step) for dialogue in dialogues])
     add_rows(run / "metrics.jsonl", [{"step": step, **metrics}])
     write_scalars(board, metrics, step)
     if metrics["skipped"]:
         why = "numbers that are not finite, or nothing to learn from"
         tqdm.write(f"ALARM step {step}: {why}; the weights were left as they are")
-    bar.update()
-    bar.set_postfix_str(f"emotion {metrics['emotion/final']:.1f}, {metrics['time/step']:.0f} s")
 
 
 def write_scalars(board: SummaryWriter, metrics: dict[str, float], step: int) -> None:
@@ -130,18 +125,3 @@ def write_scalars(board: SummaryWriter, metrics: dict[str, float], step: int) ->
     for name, amount in metrics.items():
         if math.isfinite(amount):
             board.add_scalar(name, amount, step)
-
-
-def write_usage(run: Path) -> None:
-    """usage.json: what the user's model cost over the whole run, evaluations apart (each has its own result.json).
-
-    Sums over the steps; of the latencies the median p50 and the largest p95 of any step.
-    """
-    rows = own_rows(run / "metrics.jsonl")
-    total = {key: sum(row[key] for row in rows) for key in USAGE}
-    total["simulator/latency_p50"] = median(row["simulator/latency_p50"] for row in rows)
-    total["simulator/latency_p95"] = max(row["simulator/latency_p95"] for row in rows)
-    (run / "usage.json").write_text(json.dumps(total, indent=1) + "\n")
-    calls, tokens_in, tokens_out, cost = (total[key] for key in USAGE[:4])
-    spent = f"{calls:,} calls, {tokens_in:,} tokens in, {tokens_out:,} out, cost {cost:.2f}"
-    print(f"the user's model: {spent}; more in {run / 'usage.json'}")

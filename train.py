@@ -25,6 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, pstdev
 
@@ -32,10 +33,11 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from chat import Chat, load_tokenizer, make_chat
+from chat import load_tokenizer, make_chat
 from checkpoint import (
     SaveError,
     agree,
+    check_files,
     checkpoints,
     load_checkpoint,
     newest_sound,
@@ -46,10 +48,9 @@ from checkpoint import (
 )
 from config import Config, InputError, help_text, load_config, own_rows, write_rows
 from dist import World, close, gathered, refill, start
-from engine import Engine
 from eval import describe, evaluate, join_evaluation, write_evaluation
-from rollout import MAX_FAILED, Dialogue, Job, Talk, make_engine, make_talk, run_dialogues
-from rundir import best_step, lock_run, log_step, open_run, prepare_run, write_scalars, write_usage
+from rollout import MAX_FAILED, Dialogue, Job, Stage, make_engine, make_talk
+from rundir import best_step, lock_run, log_step, open_run, prepare_run, write_scalars
 from simulator import Profile, User, hash_key, load_profiles
 from update import State, build, update
 from users import make_user
@@ -78,7 +79,8 @@ class Interrupts:
 
     def __enter__(self) -> "Interrupts":
         self.received = 0
-        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.before = {number: signal.signal(number, self.handle) for number in numbers}
         return self
 
     def __exit__(self, *error) -> None:
@@ -94,15 +96,31 @@ class Interrupts:
             raise Stop(f"stopped by {signal.Signals(self.received).name}", 128 + self.received)
 
 
-def together(world: World, interrupts: Interrupts, work: Callable[[], object]) -> list:
+@dataclass
+class Run:
+    """What every part of the loop needs to know of the run. `board` is None on ranks that do not write."""
+
+    config: Config
+    folder: Path
+    world: World
+    interrupts: Interrupts
+    board: SummaryWriter | None
+
+    def say(self, line: str) -> None:
+        """A line on the screen, above the progress bars, from the main rank."""
+        if self.world.main:
+            tqdm.write(line)
+
+
+def together(run: Run, work: Callable[[], object]) -> list:
     """Every rank's `work()`, on every rank. A signal that any of them has received raises Stop on them all."""
     result = stop = None
     try:
-        interrupts.check()
+        run.interrupts.check()
         result = work()
     except Stop as signalled:
         stop = (str(signalled), signalled.code)
-    parts = world.gather((result, stop))
+    parts = run.world.gather((result, stop))
     for _, stop in parts:
         if stop:
             raise Stop(*stop)
@@ -110,38 +128,44 @@ def together(world: World, interrupts: Interrupts, work: Callable[[], object]) -
 
 
 def pick_profiles(profiles: list[Profile], config: Config, step: int) -> list[Profile]:
-    """The step's profiles: consecutive pieces of one shuffle after another, a function of (seed, step)."""
-    chosen = []
-    for index in range(step * config.groups, (step + 1) * config.groups):
-        epoch, place = divmod(index, len(profiles))
-        order = sorted(range(len(profiles)), key=lambda i: hash_key(config.seed, ORDER_STREAM, epoch, i))
-        chosen.append(profiles[order[place]])
-    return chosen
+    """The step's people, all different: a piece of one shuffle after another, a function of (seed, step)."""
+    epoch, piece = divmod(step, len(profiles) // config.groups)
+    everyone = range(len(profiles))
+    order = sorted(everyone, key=lambda i: hash_key(config.seed, ORDER_STREAM, epoch, i))
+    return [profiles[i] for i in order[piece * config.groups : (piece + 1) * config.groups]]
 
 
-def rollout_metrics(
-    dialogues: list[Dialogue], seconds: float, wait: float, engine_tokens: tuple[int, int]
-) -> dict[str, float]:
-    """What is known of a step before anything is learnt from it. `engine_tokens`: sampled, prefilled.
+@dataclass
+class Rollout:
+    """One rank's part of a step's rollout. `error` says where logits were not finite; then it has no dialogues."""
 
-    `wait`: seconds that the first rank to end its dialogues waited for the last.
-    """
+    dialogues: list[Dialogue]
+    sampled: int  # tokens
+    prefilled: int  # tokens
+    seconds: float
+    error: str = ""
+
+
+def rollout_metrics(dialogues: list[Dialogue], parts: list[Rollout], seconds: float) -> dict[str, float]:
+    """What is known of a step before anything is learnt from it; `seconds` until the last rank was done."""
     good = [dialogue for dialogue in dialogues if dialogue.completed]
     turns = [turn for dialogue in dialogues for turn in dialogue.turns]
     rewards = [dialogue.reward for dialogue in good]
+    sampled, times = sum(part.sampled for part in parts), [part.seconds for part in parts]
+    answers = sum(turn.user is not None for turn in turns)
     metrics = {
         "reward/mean": fmean(rewards) if rewards else math.nan,
         "reward/std": pstdev(rewards) if rewards else math.nan,
         "emotion/final": fmean(dialogue.emotion for dialogue in good) if good else math.nan,
-        "rollout/tokens": engine_tokens[0],
-        "rollout/prefill_tokens": engine_tokens[1],
-        "rollout/tokens_per_s": engine_tokens[0] / seconds,
+        "rollout/tokens": sampled,
+        "rollout/prefill_tokens": sum(part.prefilled for part in parts),
+        "rollout/tokens_per_s": sampled / seconds,
         "rollout/turns": len(turns) / max(1, len(dialogues)),
         "rollout/reply_tokens": fmean(len(turn.sampled_ids) for turn in turns) if turns else 0.0,
         "rollout/reply_cut": fmean(turn.stop != "eos" for turn in turns) if turns else 0.0,
         "simulator/failed": len(dialogues) - len(good),
-        "simulator/calls": sum(turn.user is not None for turn in turns) + sum(d.opening is not None for d in dialogues),
-        "rollout/wait": wait,
+        "simulator/calls": answers + sum(d.opening is not None for d in dialogues),
+        "rollout/wait": max(times) - min(times),
         "time/rollout": seconds,
     }
     for reason, count in Counter(dialogue.ended for dialogue in dialogues).items():
@@ -149,200 +173,224 @@ def rollout_metrics(
     return metrics
 
 
+def hold(run: Run, stage: Stage, jobs: list[Job], step: int) -> Rollout:
+    """This rank's dialogues of a step."""
+    engine = stage.engine
+    engine.forget()
+    begun, engine.tokens_sampled, engine.tokens_prefilled = time.perf_counter(), 0, 0
+    dialogues, error, seed = [], "", (run.config.seed, step)
+    total, title = len(jobs) * stage.talk.max_turns, f"rollout {step + 1}"
+    with tqdm(total=total, desc=title, unit="reply", leave=False, dynamic_ncols=True,
+              disable=not run.world.main) as bar:
+        try:
+            dialogues = stage.hold(jobs, seed, bar.update, check=run.interrupts.check)
+        except FloatingPointError as problem:
+            error = str(problem)
+    seconds = time.perf_counter() - begun
+    return Rollout(dialogues, engine.tokens_sampled, engine.tokens_prefilled, seconds, error)
+
+
 def roll_out(
-    state: State, config: Config, profiles: list[Profile], engine: Engine, chat: Chat, user: User, talk: Talk,
-    world: World, interrupts: Interrupts,
+    run: Run, state: State, stage: Stage, profiles: list[Profile]
 ) -> tuple[list[Dialogue], dict[str, float]]:
-    """The step's dialogues, of all ranks, and their metrics; without dialogues where logits were not finite.
+    """The step's dialogues, of all ranks, and their metrics; no dialogues where logits were not finite.
 
-    Whole groups go to one rank. Raises Stop where too many users failed twice (rule: redo once, then end the run), or a
-    signal came. Metrics are of the last try.
+    Whole groups go to one rank. A step with too many failed users is redone once; the metrics are of the last try.
+    Raises Stop where that failed too, or a signal came.
     """
-    chosen, seed, title = pick_profiles(profiles, config, state.step), (config.seed, state.step), state.step + 1
-    own = [(group, who) for group, who in enumerate(chosen) if group % world.size == world.rank]
-    jobs = [Job((group, member), who) for group, who in own for member in range(config.group_size)]
-
-    def hold() -> tuple[list[Dialogue], str, int, int, float]:
-        engine.forget()
-        begun, engine.tokens_sampled, engine.tokens_prefilled = time.perf_counter(), 0, 0
-        dialogues, error = [], ""
-        with tqdm(total=len(jobs) * talk.max_turns, desc=f"rollout {title}", unit="reply", leave=False,
-                  dynamic_ncols=True, disable=not world.main) as bar:
-            try:
-                dialogues = run_dialogues(jobs, engine, chat, user, talk, seed, bar.update, check=interrupts.check)
-            except FloatingPointError as problem:
-                error = str(problem)
-        return dialogues, error, engine.tokens_sampled, engine.tokens_prefilled, time.perf_counter() - begun
-
+    config, world, step = run.config, run.world, state.step
+    chosen = list(enumerate(pick_profiles(profiles, config, step)))[world.rank :: world.size]
+    jobs = [Job((group, member), who) for group, who in chosen for member in range(config.group_size)]
     for attempt in range(2):
         begun = time.perf_counter()
         if state.sampler:
             refill(state.sampler, state.policy)
-        with gathered(engine.model, world):
-            parts = together(world, interrupts, hold)
-        found, errors, sampled, prefilled, times = zip(*parts)
-        error = next((problem for problem in errors if problem), "")
-        if error and world.main:
-            tqdm.write(f"step {title}: {error}")
-        dialogues = [] if error else sorted((d for part in found for d in part), key=lambda dialogue: dialogue.key)
-        seconds, wait = time.perf_counter() - begun, max(times) - min(times)
+        with gathered(stage.engine.model, world):
+            parts = together(run, lambda: hold(run, stage, jobs, step))
+        error = next((part.error for part in parts if part.error), "")
+        if error:
+            run.say(f"step {step + 1}: {error}")
+        found = [] if error else [dialogue for part in parts for dialogue in part.dialogues]
+        dialogues = sorted(found, key=lambda dialogue: dialogue.key)
+        seconds = time.perf_counter() - begun
         failed = [dialogue for dialogue in dialogues if not dialogue.completed]
         if len(failed) <= MAX_FAILED * len(dialogues):
-            return dialogues, rollout_metrics(dialogues, seconds, wait, (sum(sampled), sum(prefilled)))
+            return dialogues, rollout_metrics(dialogues, parts, seconds)
         share = f"{len(failed)} of {len(dialogues)} users failed"
-        if world.main:
-            tqdm.write(f"step {title}: {share} ({failed[0].why}); {'giving up' if attempt else 'once more'}")
+        what_now = "giving up" if attempt else "once more"
+        run.say(f"step {step + 1}: {share} ({failed[0].why}); {what_now}")
     raise Stop(f"{share}, twice; the first said: {failed[0].why}", 1)
 
 
-def resume(config: Config, run: Path, state: State, world: World) -> Path | None:
-    """Put the state at the checkpoint that `resume` names, if any; returns its folder."""
-    folder = None if config.resume == "none" else Path(config.resume)
+def resume_from(config: Config, run: Path, world: World) -> Path | None:
+    """The checkpoint that `resume` names, if any."""
     if config.resume == "auto":
-        folder = newest_sound(run, world)
-    if folder:
-        state.step = load_checkpoint(folder, state.modules, state.optimisers)
-        if world.main:
-            print(f"resuming from {folder}")
-    return folder
+        return newest_sound(run, world)
+    return None if config.resume == "none" else Path(config.resume)
 
 
-def evaluate_step(
-    config: Config, run: Path, state: State, tokenizer, tests: list[Profile], board: SummaryWriter | None, world: World,
-    interrupts: Interrupts,
-) -> None:
-    """The evaluation that is due after this step, added to its metrics; none if it stands there already.
+def evaluate_step(run: Run, state: State, tokenizer) -> None:
+    """The evaluation that is due after this step, added to its metrics; nothing if it has been added already.
 
     A run that was stopped during its evaluation begins with it when it is resumed.
     """
-    path, step = run / "metrics.jsonl", state.step
+    config, world, step = run.config, run.world, state.step
     if not config.eval_every or not step or step % config.eval_every:
         return
+    path = run.folder / "metrics.jsonl"
     rows = own_rows(path) if world.main else []
     row = rows[-1] if rows else {"step": 0}
     pending = row["step"] == step and "eval/score" not in row
-    if not world.gather(pending)[0]:  # the main rank's word: a network file system may show others an older file
+    if not world.gather(pending)[0]:  # a network file system may show other ranks an older file
         return
-    record = Path(config.record_file or run / "record.jsonl")  # all evaluations have the same seeds: a file for each
-    record = record.with_name(f"{record.stem}.eval_{step}{record.suffix}")
+    record = Path(config.record_file or run.folder / "record.jsonl")
+    record = record.with_name(f"{record.stem}.eval_{step}{record.suffix}")  # all evaluations have the same seeds
     heard, sampler = dataclasses.replace(config, record_file=str(record)), state.sampler or state.policy
     if state.sampler:
         refill(state.sampler, state.policy)
 
-    def hold() -> tuple | str:
-        title = f"evaluation {step}"
+    def held() -> tuple | str:
         try:
-            return evaluate(heard, sampler, tokenizer, tests, title, world=world, check=interrupts.check)
+            return evaluate(heard, sampler, tokenizer, world, check=run.interrupts.check)
         except FloatingPointError as problem:
             return str(problem)
 
     with gathered(sampler, world):
-        parts = together(world, interrupts, hold)
+        parts = together(run, held)
     error = next((part for part in parts if isinstance(part, str)), "")
-    if error and world.main:
-        tqdm.write(f"ALARM evaluation {step}: {error}; it has no score")
+    if error:
+        run.say(f"ALARM evaluation {step}: {error}; it has no score")
     elif world.main:
-        held, cost = join_evaluation(config, parts)
-        about = describe(config, f"{run} step {step}")
-        result = write_evaluation(run / "eval" / f"step_{step}", config, about, held, cost)
+        dialogues, cost = join_evaluation(config, parts)
+        about = describe(config, f"{run.folder} step {step}")
+        result = write_evaluation(run.folder / "eval" / f"step_{step}", config, about, dialogues, cost)
         scores = {f"eval/{key}": result[key] for key in ("score", "success", "failure")}
         write_rows(path, [*rows[:-1], row | scores])
-        write_scalars(board, scores, step)
+        write_scalars(run.board, scores, step)
 
 
 def describe_world(config: Config, state: State, world: World) -> str:
     """One line on how the run is spread out, and what whole weights cost in memory."""
-    count = sum(p.numel() for p in state.policy.parameters())
-    size = count * world.dtype.itemsize / 1e9
-    where = f"a replica of {size:.2f} GB" if state.sampler else f"{size:.2f} GB of gathered weights during rollouts"
-    trained = sum(p.numel() for o in state.optimisers for group in o.param_groups for p in group["params"])
-    return (f"{world.size} ranks, one copy of the weights on each {config.shard or world.size}, {world.dtype}; "
-            f"{trained / 1e6:,.1f} M trained parameters; generation={config.generation}: {where}, on each rank")
+    size = sum(p.numel() for p in state.policy.parameters()) * world.dtype.itemsize / 1e9
+    kind = "a replica of" if state.sampler else "during rollouts gathered weights of"
+    groups = [group for optimiser in state.optimisers for group in optimiser.param_groups]
+    trained = sum(p.numel() for group in groups for p in group["params"]) / 1e6
+    shard = config.shard or world.size
+    return (f"{world.size} ranks, one copy of the weights on each {shard}, {world.dtype}; {trained:,.1f} M trained "
+            f"parameters; generation={config.generation}: {kind} {size:.2f} GB on each rank")
 
 
-def finish(config: Config, run: Path, state: State, tokenizer, user: User, world: World) -> None:
-    """Write what a finished run leaves: the adapter of a LoRA run, what the user cost, and the model."""
-    adapter, model = run / "adapter", run / "model"
+def finish(run: Run, state: State, tokenizer) -> None:
+    """Write what a finished run leaves: the adapter of a LoRA run, and the model."""
+    config, world = run.config, run.world
+    adapter, model = run.folder / "adapter", run.folder / "model"
     if config.lora_rank:
-        rank, alpha = config.lora_rank, config.lora_alpha
-        agree(world, adapter, lambda: save_adapter(state.policy, config.model, rank, alpha, adapter, world.main))
-    if isinstance(user, LLMUser) and world.main:
-        write_usage(run)
+        agree(world, adapter, lambda: save_adapter(state.policy, config, adapter, world.main))
     dtype = torch.float32 if config.lora_rank else world.dtype
     # Last, since a folder of that name says that the run is finished.
     agree(world, model, lambda: save_model(state.policy, tokenizer, model, world.main, dtype))
 
 
+def load_people(config: Config) -> list[Profile]:
+    """The training profiles. Raises InputError where a step could not draw different ones, or a file is bad."""
+    if config.eval_every:
+        load_profiles(config.eval_profiles)
+    profiles = load_profiles(config.profiles)
+    if len(profiles) < config.groups:
+        few, most = f"{config.profiles}: holds {len(profiles)} profiles", f"groups={len(profiles)}"
+        draws = f"a step draws {config.groups} different ones"
+        raise InputError(f"{few}, but {draws}; give more by profiles=FILE, or {most} at most")
+    return profiles
+
+
 def train(config: Config, user: User | None = None) -> Path:
     """The whole run; `user` replaces the configured one (tests). Returns the folder of the trained model."""
-    run, world = open_run(config), start(config)
+    folder, world = open_run(config), start(config)
     if world.size > 1 and config.record == "record":
         raise InputError("option 'record' is record, which one process alone can do; use record=off on several ranks")
-    profiles, tests = load_profiles(config.profiles), load_profiles(config.eval_profiles) if config.eval_every else []
+    profiles = load_people(config)
     chat = make_chat(load_tokenizer(config.tokenizer or config.model), config.think)
-    talk, state = make_talk(config, training=True), build(config, world)
-    lock = lock_run(run) if world.main and run.is_dir() else None  # before anything in it is read, or renamed
-    resumed, model = resume(config, run, state, world), run / "model"
-    if state.step >= config.steps and model.is_dir():
+    talk = make_talk(config, training=True)
+    lock = lock_run(folder) if world.main and folder.is_dir() else None  # before anything in it is read, or renamed
+    checkpoint, model = resume_from(config, folder, world), folder / "model"
+    step = check_files(checkpoint) if checkpoint else 0
+    if step >= config.steps and model.is_dir():
         if world.main:
-            more = f"steps={state.step + 100} trains on"
-            print(f"{run} is finished: {state.step} steps. The model lies in {model}; {more}")
+            more = f"steps={step + 100} trains on"
+            print(f"{folder} is finished: {step} steps. The model lies in {model}; {more}")
         return model
-    user = user or make_user(config, config.start_emotion, config.user_mode)
+    user = user or make_user(config, config.start_emotion, config.user_mode)  # before any weights are loaded
+    state = build(config, world)
+    if checkpoint:
+        state.step = load_checkpoint(checkpoint, state.modules, state.optimisers)
+        if world.main:
+            print(f"resuming from {checkpoint}")
     world.gather(None)  # all have looked at the run before one of them writes in it
     if world.main:
-        lock = lock or lock_run(run)
-        prepare_run(config, run, talk, state.step, world)
-    board = SummaryWriter(run / "tb", purge_step=state.step + 1) if world.main else None
-    if world.main and world.mesh is not None:
-        print(describe_world(config, state, world))
-    count, head = -(-config.groups // world.size) * config.group_size, None if state.critic else state.value_head
-    engine = make_engine(config, state.sampler or state.policy, chat, config.temperature, count, head, world.dtype)
-    here = resumed and resumed.resolve().parent == (run / "ckpt").resolve()
-    saved, skipped = state.step if here else -1, 0
+        lock = lock or lock_run(folder)
+        prepare_run(config, folder, talk, state.step, world)
+        if world.mesh is not None:
+            print(describe_world(config, state, world))
+    board = SummaryWriter(folder / "tb", purge_step=state.step + 1) if world.main else None
+    count = -(-config.groups // world.size) * config.group_size
+    head = None if state.critic else state.value_head
+    engine = make_engine(config, state.sampler or state.policy, chat, count, head, world.dtype)
+    here = checkpoint and checkpoint.resolve().parent == (folder / "ckpt").resolve()
+    saved = state.step if here else -1
+    with lock or nullcontext(), Interrupts() as interrupts, board or nullcontext():
+        run = Run(config, folder, world, interrupts, board)
+        learn_steps(run, state, Stage(engine, chat, user, talk), profiles, saved)
+        finish(run, state, chat.tokenizer)
+        interrupts.check()
+    return model
+
+
+def learn_steps(run: Run, state: State, stage: Stage, profiles: list[Profile], saved: int) -> None:
+    """The loop: roll out, update, log, evaluate, save. `saved`: the step that is on disk already, -1 for none."""
+    config, world, skipped = run.config, run.world, 0
 
     def save() -> int:
-        save_checkpoint(run, state.step, state.modules, state.optimisers, world)
+        save_checkpoint(run.folder, state.step, state.modules, state.optimisers, world)
         if world.main:
-            prune(run, config.keep, best_step(run))
+            prune(run.folder, config.keep, best_step(run.folder))
         return state.step
 
-    bar = tqdm(total=config.steps, initial=state.step, desc=config.algorithm, unit="step", dynamic_ncols=True,
-               disable=not world.main)
-    with lock or nullcontext(), Interrupts() as interrupts, board or nullcontext(), bar:
+    with tqdm(total=config.steps, initial=state.step, desc=config.algorithm, unit="step", dynamic_ncols=True,
+              disable=not world.main) as bar:
         try:
             while True:
-                evaluate_step(config, run, state, chat.tokenizer, tests, board, world, interrupts)
-                if saved != state.step and world.gather(world.main and best_step(run) == state.step)[0]:
+                evaluate_step(run, state, stage.chat.tokenizer)
+                best = world.main and best_step(run.folder) == state.step
+                if saved != state.step and world.gather(best)[0]:
                     saved = save()
                 if state.step >= config.steps:
-                    break
+                    return
                 begun = time.perf_counter()
-                dialogues, metrics = roll_out(state, config, profiles, engine, chat, user, talk, world, interrupts)
+                dialogues, metrics = roll_out(run, state, stage, profiles)
                 rolled = time.perf_counter()
-                if isinstance(user, LLMUser):
-                    spent = world.gather(user.client.usage.drain())
-                    metrics |= usage_metrics(spent, config.price_in, config.price_out)
-                metrics |= update(state, config, dialogues, engine.banned, world)
+                if isinstance(stage.user, LLMUser):
+                    metrics |= usage_metrics(world.gather(stage.user.client.usage.drain()))
+                metrics |= update(state, config, dialogues, stage.engine.banned, world)
                 for name in (*LEARNT, *LEARNT_BY[config.algorithm], "rollout/sampler_gap"):
                     metrics.setdefault(name, math.nan)  # every line has every key, though nothing was learnt
                 state.step += 1
-                metrics |= {"time/update": time.perf_counter() - rolled, "time/step": time.perf_counter() - begun}
-                skipped = skipped + 1 if metrics["skipped"] else 0
-                log = functools.partial(log_step, run, state.step, dialogues, metrics, board, bar)
-                agree(world, run, log if world.main else None)
-                if state.step == config.steps or (config.save_every and state.step % config.save_every == 0):
+                now = time.perf_counter()
+                metrics |= {"time/update": now - rolled, "time/step": now - begun}
+                log = functools.partial(log_step, run.folder, state.step, dialogues, metrics, run.board)
+                agree(world, run.folder, log if world.main else None)
+                bar.update()
+                bar.set_postfix_str(f"emotion {metrics['emotion/final']:.1f}, {metrics['time/step']:.0f} s")
+                due = config.save_every and state.step % config.save_every == 0
+                if state.step == config.steps or due:
                     saved = save()
+                skipped = skipped + 1 if metrics["skipped"] else 0
                 if skipped >= MAX_SKIPPED:
-                    look = f"lower lr, or look at {run / 'metrics.jsonl'}"
+                    look = f"lower lr, or look at {run.folder / 'metrics.jsonl'}"
                     raise Stop(f"{skipped} steps in a row could not be learnt from; {look}", 1)
         except Stop:
             if saved != state.step:
                 save()
             raise
-        finish(config, run, state, chat.tokenizer, user, world)
-        interrupts.check()
-    return model
 
 
 def main(argv: list[str]) -> int:

@@ -1,8 +1,9 @@
 """From dialogues to changed weights: advantages, losses, optimiser steps, for PPO and GRPO alike.
 
-`update` is the way through this file: trajectories -> micro-batches (`Piece`) -> `prepare` (old values, advantages) ->
-`learn` (one optimiser step). Where the two algorithms differ there is one visible branch. The formulas are in `ppo.py`
-and `grpo.py`; here is what joins them to models, packing and dialogues.
+`update` is the way through this file: dialogues -> trajectories -> micro-batches (`Piece`) -> advantages -> `learn`
+(one optimiser step). It has one branch, on the algorithm. GRPO compares rewards within a group, which needs no model,
+so its advantages come first. PPO needs the critic's values, so the pieces are scored (`score`) before its advantages.
+The formulas are in `ppo.py` and `grpo.py`; here is what joins them to models, packing and dialogues.
 
 Every rank knows all dialogues and computes on its share of their trajectories. So all of them make the same decisions
 without asking, and only vectors over trained tokens (values, log-probabilities) are exchanged.
@@ -138,7 +139,7 @@ def values(state: State, batch: Batch) -> Tensor:
 class Piece:
     """A micro-batch and what the loss needs beside it, all [N]. `old_logp` is None where the forward's own serves.
 
-    A piece of weight 0 keeps a rank in step with the others, whose collectives it must share; it changes nothing.
+    A piece of weight 0 is a dummy batch, so that every rank makes the same collective calls; its gradient is zero.
     """
 
     batch: Batch
@@ -163,21 +164,12 @@ def make_pieces(items: list[Trajectory], config: Config, world: World, banned: T
 
 
 @torch.no_grad()
-def prepare(
-    state: State, config: Config, pieces: list[Piece], rewards: dict[Key, Tensor], banned: Tensor,
-    spans: dict[Key, list[int]], world: World,
-) -> dict[str, float]:
-    """Fill the pieces: old values and log-probabilities, then advantages and returns. Returns the metrics of that.
-
-    `rewards` has a vector per dialogue, over its trained tokens; `spans` the number of trained tokens in each part that
-    is one action: its turns with credit=turn, else the whole dialogue. Everything is joined by dialogue, whatever ranks
-    its trajectories lie on.
-    """
-    several = config.minibatches * config.epochs > 1
+def score(state: State, config: Config, pieces: list[Piece], banned: Tensor) -> None:
+    """Fill in what the models say of the pieces before any of them is learnt from: old values and log-probabilities."""
     for piece in pieces:
         if config.kl_coef:
             piece.reference_logp = forward(state.reference, config, piece.batch, banned, None)[0]
-        if several or (config.kl_coef and config.kl == "reward"):
+        if config.minibatches * config.epochs > 1:
             piece.old_logp = forward(state.policy, config, piece.batch, banned)[0]
         if state.critic:
             piece.old_value = values(state, piece.batch)
@@ -185,32 +177,41 @@ def prepare(
             piece.old_value = piece.batch.value_T[piece.batch.mask_T]
     if state.reference and state.reference is not state.policy:
         release(state.reference)
-    if config.kl_coef and config.kl == "reward":  # k1 per trained token
-        k1 = by_dialogue(pieces, [piece.old_logp - piece.reference_logp for piece in pieces], world)
-        rewards = {key: reward_N - config.kl_coef * k1[key] for key, reward_N in rewards.items()}
-    if config.algorithm == "grpo":
-        to_go = {key: [float(part.sum()) for part in ends(rewards[key], lengths)] for key, lengths in spans.items()}
-        found, flat = grpo.turn_advantages(to_go, config.scale_advantage)
-        spread = {key: torch.tensor(found[key]).repeat_interleave(torch.tensor(spans[key])) for key in found}
-        scatter(pieces, spread, "advantage")
-        return {"group/zero_spread": flat}
-    value = by_dialogue(pieces, [piece.old_value for piece in pieces], world)
+
+
+Vectors = dict[Key, Tensor]  # dialogue -> one number for each of its trained tokens
+
+
+def grpo_vectors(config: Config, rewards: Vectors, spans: dict[Key, list[int]]) -> tuple[dict[str, Vectors], dict]:
+    """Advantages of all dialogues whose group has more than one, and metrics.
+
+    `spans`: the number of trained tokens in each part of a dialogue that is one action and gets one advantage, which is
+    the reward from its beginning on against the group's.
+    """
+    to_go = {}
+    for key, lengths in spans.items():
+        begins = [sum(lengths[:i]) for i in range(len(lengths))]
+        to_go[key] = [float(rewards[key][begin:].sum()) for begin in begins]
+    found, flat = grpo.group_advantages(to_go, config.scale_advantage)
+    advantage = {k: torch.tensor(found[k]).repeat_interleave(torch.tensor(spans[k])) for k in found}
+    return {"advantage": advantage}, {"group/zero_spread": flat}
+
+
+def ppo_vectors(
+    config: Config, rewards: Vectors, spans: dict[Key, list[int]], value: Vectors
+) -> tuple[dict[str, Vectors], dict]:
+    """Advantages and returns of all dialogues from the critic's values, and metrics; `spans` as above."""
     keys, advantage, returns = sorted(value), {}, {}
     for key in keys:
         turns = spans[key] if config.credit == "turn" else None
         advantage[key], returns[key] = ppo.gae(rewards[key], value[key], config.gamma, config.lam, turns)
     if config.scale_advantage:
-        white = ppo.whiten(torch.cat([advantage[key] for key in keys])).split([len(advantage[key]) for key in keys])
-        advantage = dict(zip(keys, white))
-    scatter(pieces, advantage, "advantage")
-    scatter(pieces, returns, "returns")
-    everything = [torch.cat([vectors[key] for key in keys]) for vectors in (value, returns)]
-    return {"value/explained_variance": ppo.explained_variance(*everything), "value/mean": float(everything[0].mean())}
-
-
-def ends(vector_N: Tensor, lengths: list[int]) -> list[Tensor]:
-    """What is left of a vector from the beginning of each of its parts on."""
-    return [vector_N[sum(lengths[:i]) :] for i in range(len(lengths))]
+        white = ppo.whiten(torch.cat([advantage[key] for key in keys]))
+        advantage = dict(zip(keys, white.split([len(advantage[key]) for key in keys])))
+    whole = [torch.cat([vectors[key] for key in keys]) for vectors in (value, returns)]
+    explained = ppo.explained_variance(*whole)
+    metrics = {"value/explained_variance": explained, "value/mean": float(whole[0].mean())}
+    return {"advantage": advantage, "returns": returns}, metrics
 
 
 def by_dialogue(pieces: list[Piece], vectors: list[Tensor], world: World) -> dict[Key, Tensor]:
@@ -253,8 +254,7 @@ def learn(state: State, config: Config, pieces: list[Piece], banned: Tensor, wor
             value_part = ppo.value_loss(state.value_head(hidden), piece.old_value, piece.returns, config.value_clip)
             loss = loss + config.vf_coef * value_part
         if piece.reference_logp is not None:
-            if config.kl == "loss":
-                loss = loss + config.kl_coef * ppo.kl_loss(logp, piece.reference_logp)
+            loss = loss + config.kl_coef * ppo.kl_loss(logp, piece.reference_logp)
             ratio = (piece.reference_logp - logp).detach()
             sums["policy/kl_reference"] += piece.weight * float((ratio.exp() - 1 - ratio).sum())  # k3
         (loss * (piece.weight * share)).backward()
@@ -283,37 +283,54 @@ def learn(state: State, config: Config, pieces: list[Piece], banned: Tensor, wor
     return {**metrics, "skipped": 0.0 if finite else 1.0}
 
 
+def make_minibatches(
+    state: State, config: Config, dialogues: list[Dialogue], banned: Tensor, world: World
+) -> list[list[Piece]]:
+    """The pieces of each optimiser step: whole dialogues, dealt out in a shuffled order of their own."""
+    items = {dialogue.key: trajectories(dialogue, config.think) for dialogue in dialogues}
+    order = sorted(items, key=lambda key: hash_key(config.seed, state.step, *key))
+    dealt = [sorted(order[index :: config.minibatches]) for index in range(config.minibatches)]
+    return [
+        make_pieces([item for key in keys for item in items[key]], config, world, banned)
+        for keys in dealt if keys
+    ]  # fmt: skip
+
+
 def update(
     state: State, config: Config, dialogues: list[Dialogue], banned: Tensor, world: World | None = None
 ) -> dict[str, float]:
     """All optimiser steps of one iteration on the dialogues of all ranks, which every rank brings.
 
-    Returns the metrics, means over the optimiser steps.
+    Returns the metrics, means over the optimiser steps; only "skipped" where there was nothing to learn from.
     """
     world = world or World()
     good = [dialogue for dialogue in dialogues if dialogue.completed and dialogue.turns]
     if config.learn_from:
         chosen = grpo.most_varied({dialogue.key: dialogue.reward for dialogue in good}, config.learn_from)
         good = [dialogue for dialogue in good if dialogue.key in chosen]
-    if config.algorithm == "grpo":
-        kept = grpo.group_advantages({dialogue.key: dialogue.reward for dialogue in good}, config.scale_advantage)[0]
-        good = [dialogue for dialogue in good if dialogue.key in kept]
     if not good:
         return {"skipped": 1.0}
     rewards = {dialogue.key: torch.tensor(token_rewards(dialogue, config.credit)) for dialogue in good}
     spans = {dialogue.key: [len(turn.sampled_ids) for turn in dialogue.turns] for dialogue in good}
     if config.credit == "final":
         spans = {key: [sum(lengths)] for key, lengths in spans.items()}
-    items = {dialogue.key: trajectories(dialogue, config.think) for dialogue in good}
-    # Mini-batches take whole dialogues, dealt out in a shuffled order of their own.
-    order = sorted(items, key=lambda key: hash_key(config.seed, state.step, *key))
-    chosen = [sorted(order[index :: config.minibatches]) for index in range(config.minibatches)]
-    minibatches = [
-        make_pieces([item for key in keys for item in items[key]], config, world, banned) for keys in chosen if keys
-    ]
-    everything = [piece for pieces in minibatches for piece in pieces]
-    metrics = prepare(state, config, everything, rewards, banned, spans, world)
+    if config.algorithm == "grpo":
+        vectors, metrics = grpo_vectors(config, rewards, spans)
+        good = [dialogue for dialogue in good if dialogue.key in vectors["advantage"]]
+        minibatches = make_minibatches(state, config, good, banned, world)
+        pieces = [piece for part in minibatches for piece in part]
+        score(state, config, pieces, banned)
+    else:
+        minibatches = make_minibatches(state, config, good, banned, world)
+        pieces = [piece for part in minibatches for piece in part]
+        score(state, config, pieces, banned)
+        value = by_dialogue(pieces, [piece.old_value for piece in pieces], world)
+        vectors, metrics = ppo_vectors(config, rewards, spans, value)
+    if not pieces:  # every group had a single survivor
+        return {"skipped": 1.0}
+    for name, found in vectors.items():
+        scatter(pieces, found, name)
     set_learning_rates(state, config)
-    steps = [learn(state, config, pieces, banned, world) for _ in range(config.epochs) for pieces in minibatches]
+    steps = [learn(state, config, part, banned, world) for _ in range(config.epochs) for part in minibatches]
     metrics["policy/lr"] = state.optimisers[0].param_groups[0]["lr"]
     return {**metrics, **{name: fmean(step[name] for step in steps) for name in steps[0]}}

@@ -15,11 +15,10 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from conftest import make_engine, make_jobs, make_talk  # noqa: E402
+from conftest import make_engine, make_jobs, make_talk, run_dialogues  # noqa: E402
 from server import PROMPT, serve  # noqa: E402
 
 from chat import load_tokenizer, make_chat  # noqa: E402
-from rollout import run_dialogues  # noqa: E402
 from simulator import EmotionRules  # noqa: E402
 from users.clients import Endpoint  # noqa: E402
 from users.llm_user import LLMUser  # noqa: E402

@@ -11,7 +11,7 @@ from chat import banned_ids, load_tokenizer, make_chat
 from checkpoint import init_weights
 from engine import Engine
 from model import PackedAttention, Transformer
-from rollout import Job, Talk
+from rollout import Job, Stage, Talk
 from simulator import Appraisal, EmotionRules, Failed, Profile, UserTurn
 
 # It logs every tensor of every checkpoint, and pytest would print all of it below a failure.
@@ -115,6 +115,11 @@ def make_jobs(groups: int, members: int, **changes) -> list[Job]:
     """Jobs whose users can be told apart by name: a group's members differ in nothing else."""
     keys = [(group, member) for group in range(groups) for member in range(members)]
     return [Job(key, make_profile(f"User{key[0]}{key[1]}", **changes)) for key in keys]
+
+
+def run_dialogues(jobs, engine, chat, user, talk, seed, *callbacks):
+    """One rollout on a stage of its own."""
+    return Stage(engine, chat, user, talk).hold(jobs, seed, *callbacks)
 
 
 def make_talk(**changes) -> Talk:

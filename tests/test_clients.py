@@ -10,18 +10,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import make_engine, make_jobs, make_talk, tiny_model
+from conftest import make_engine, make_jobs, make_talk, run_dialogues, tiny_model
 from runs import argv, metrics, restored, tiny_runs  # noqa: F401
 from server import ideal, prompts_folder, serve  # noqa: F401
 
 import eval as evaluation
-import rundir
 import train
 import users
 from chat import Reply, load_tokenizer
 from checkpoint import checkpoints, save_model
 from config import Config, InputError
-from rollout import USER_STREAM, log_line, run_dialogues
+from rollout import USER_STREAM, log_line
 from simulator import EmotionRules, hash_key
 from users import clients
 from users.clients import Answer, Call, Endpoint, Record, Usage, usage_metrics
@@ -71,12 +70,12 @@ def test_a_passing_fault_is_tried_again_and_answered(fault):
         assert ask(client, call()) == [Answer(ideal('"change"', "member 0"))]
         assert time.monotonic() - begun < 3, "a try ends in time, whatever trickles in"
         assert len(server.requests) == 2
-        usage = usage_metrics([client.usage.drain()], 3.0, 5.0)
+        usage = usage_metrics([client.usage.drain()])
         assert (usage["simulator/llm_calls"], usage["simulator/retries"]) == (2, 1)
         answered = 1 + (fault == "blank")
         assert (usage["simulator/tokens_in"], usage["simulator/tokens_out"]) == (100 * answered, 10 * answered)
-        assert usage["simulator/cost"] == pytest.approx(350e-6 * answered) and usage["simulator/latency_p95"] > 0
-        assert not any(usage_metrics([client.usage.drain()], 3.0, 5.0).values())
+        assert usage["simulator/latency_p95"] > 0
+        assert not any(usage_metrics([client.usage.drain()]).values())
 
 
 def test_what_is_asked():
@@ -252,13 +251,13 @@ def test_what_cannot_be_read_is_asked_again_under_another_seed_then_the_dialogue
         assert seeds == [(dialogues[1].seed + attempt) % (1 << 31) for attempt in range(3)]
         assert [dialogue.ended for dialogue in dialogues] == ["max_turns", "failed", "max_turns", "max_turns"]
         assert "dialogue 0.1, turn 1, appraisal" in dialogues[1].why and not dialogues[1].completed
-        assert usage_metrics([client.usage.drain()], 0, 0)["simulator/parse_failures"] == 3
+        assert usage_metrics([client.usage.drain()])["simulator/parse_failures"] == 3
     with serve("prose", "250", "30") as server:
         client, jobs = endpoint(server), make_jobs(1, 1)
         (dialogue,) = hold(chat, client, folder, jobs, turns=1, retries=2)
         said = dialogue.turns[0].user
         assert (said.appraisal.change, said.change, dialogue.emotion) == (30, 10, 40)
-        usage = usage_metrics([client.usage.drain()], 0, 0)
+        usage = usage_metrics([client.usage.drain()])
         assert (usage["simulator/clamped"], usage["simulator/parse_failures"]) == (1, 2)
         assert evaluation.mismatches(log_line(dialogue), "") == []
 
@@ -337,7 +336,7 @@ def llm_run(tiny, server, folder, **changes):
 def test_a_run_with_a_shaky_server_completes_and_excludes_failed_dialogues(tiny, folder):
     with serve() as server:
         server.fault = shaky(server, doomed=[hash_key(0, 0, 0, 1, USER_STREAM)])  # seed, step, group, member
-        config = llm_run(tiny, server, folder, price_in=1000.0, price_out=500.0)
+        config = llm_run(tiny, server, folder)
         assert train.train(config).is_dir()
     rows = evaluation.read_log(f"{config.run}/dialogues.jsonl")
     assert len(rows) == 16 and not [row for row in rows if evaluation.mismatches(row, "")]
@@ -348,12 +347,6 @@ def test_a_run_with_a_shaky_server_completes_and_excludes_failed_dialogues(tiny,
         assert numbers["simulator/retries"] > 0 and numbers["simulator/llm_calls"] > 8 * 4
         for row in good:  # no reward without an appraisal
             assert all("change" in said["planning"] for said in row["history"][2::2]) and len(row["history"]) == 5
-    spent, steps = json.loads(Path(config.run, "usage.json").read_text()), metrics(config)
-    assert spent.pop("simulator/latency_p95") == max(step["simulator/latency_p95"] for step in steps)
-    assert spent.pop("simulator/latency_p50") == sum(step["simulator/latency_p50"] for step in steps) / 2
-    assert spent == {key: pytest.approx(sum(step[key] for step in steps)) for key in rundir.USAGE}
-    assert spent["simulator/cost"] == pytest.approx(
-        spent["simulator/tokens_in"] / 1e6 * 1000 + spent["simulator/tokens_out"] / 1e6 * 500)  # fmt: skip
     failed = [row for row in rows if row["status"] == "failed"]
     assert {"reward", "emo_point"}.isdisjoint(*failed) and (1, [0, 1]) in [(row["step"], row["key"]) for row in failed]
 
@@ -421,5 +414,5 @@ def test_a_local_user_completes_a_rollout_and_answers_the_same_in_any_batch(tiny
     client.usage.drain()
     ended = [dialogue.ended for dialogue in hold(chat, client, folder, retries=1, turns=2)]
     assert ended == ["max_turns" if speaks else "failed"] * 4
-    usage = usage_metrics([client.usage.drain()], 0, 0)
+    usage = usage_metrics([client.usage.drain()])
     assert usage["simulator/llm_calls"] == (16 if speaks else 8) and usage["simulator/tokens_out"] > 0

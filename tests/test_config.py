@@ -62,7 +62,6 @@ def test_truth_values(text, value):
         ("lr=fast", ["'lr'", "a number", "'fast'"]),
         ("think=maybe", ["'think'", "true or false"]),
         ("algorithm=gpro", ["'algorithm'", "ppo, grpo", "did you mean 'grpo'"]),
-        ("kl=k3", ["'kl'", "loss, reward"]),
         ("stpes=3", ["'stpes'", "did you mean 'steps'"]),
         ("learning_rate=3", ["'learning_rate'"]),
         ("xyzzy=3", ["'xyzzy'", "--help"]),

@@ -19,6 +19,7 @@ from conftest import (
     make_jobs,
     make_talk,
     random_ids,
+    run_dialogues,
     tiny_model,
     tiny_raw,
 )
@@ -29,7 +30,7 @@ from chat import load_tokenizer, make_chat
 from checkpoint import load_model, save_model
 from config import Config
 from dist import World
-from rollout import Trajectory, balance, run_dialogues
+from rollout import Trajectory, balance
 from simulator import EmotionRules
 from update import build
 
@@ -82,7 +83,6 @@ def cases(tmp_path_factory):
     found.append(("clipped", Config(**{**steady, "grad_clip": 0.01}, critic="head"), dialogues[False]))
     found.append(("kl", Config(**steady, algorithm="grpo", kl_coef=0.3), dialogues[False]))
     found.append(("kl_lora", Config(**steady, algorithm="grpo", kl_coef=0.3, lora_rank=4), dialogues[False]))
-    found.append(("kl_reward", Config(**steady, critic="head", kl_coef=0.3, kl="reward"), dialogues[False]))
     found.append(("recomputed", Config(**steady, critic="trunk", checkpointing=True), dialogues[False]))
     return found
 

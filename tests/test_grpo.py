@@ -9,13 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import Config
-from dist import World
-from grpo import group_advantages, most_varied, turn_advantages
+from grpo import group_advantages, most_varied
 from rollout import Trajectory, pack, split
-from update import Piece, State, prepare
+from update import Piece, grpo_vectors, scatter
 
 reward = st.integers(0, 100).map(lambda percent: percent / 100)
 groups = st.dictionaries(st.tuples(st.integers(0, 3), st.integers(0, 5)), reward, min_size=1)
+
+
+def of_dialogues(rewards, scale):
+    """group_advantages where each dialogue is one action."""
+    found, flat = group_advantages({key: [value] for key, value in rewards.items()}, scale)
+    return {key: value for key, (value,) in found.items()}, flat
+
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 quick = settings(max_examples=60, deadline=None)
 
@@ -23,7 +30,7 @@ quick = settings(max_examples=60, deadline=None)
 @quick
 @given(groups)
 def test_an_advantage_is_the_reward_minus_the_mean_of_its_groups_dialogues(rewards):
-    advantages, _ = group_advantages(rewards, scale=False)
+    advantages, _ = of_dialogues(rewards, scale=False)
     for key, value in rewards.items():
         members = [r for other, r in rewards.items() if other[0] == key[0]]
         if len(members) == 1:
@@ -35,7 +42,7 @@ def test_an_advantage_is_the_reward_minus_the_mean_of_its_groups_dialogues(rewar
 
 def test_scaling_divides_by_the_groups_own_population_spread():
     rewards = {(0, 0): 0.2, (0, 1): 0.4, (1, 0): 0.0, (1, 1): 0.0, (1, 2): 0.9}
-    plain, scaled = group_advantages(rewards, scale=False)[0], group_advantages(rewards, scale=True)[0]
+    plain, scaled = of_dialogues(rewards, scale=False)[0], of_dialogues(rewards, scale=True)[0]
     assert plain == pytest.approx({(0, 0): -0.1, (0, 1): 0.1, (1, 0): -0.3, (1, 1): -0.3, (1, 2): 0.6})
     spread = (0.1, 0.18**0.5)
     assert scaled == pytest.approx({key: value / spread[key[0]] for key, value in plain.items()}, rel=1e-4)
@@ -46,10 +53,10 @@ def test_scaling_divides_by_the_groups_own_population_spread():
 def test_a_groups_advantages_do_not_depend_on_other_groups_or_on_order(rewards, scale, random):
     keys = list(rewards)
     random.shuffle(keys)
-    shuffled = group_advantages({key: rewards[key] for key in keys}, scale)
-    assert shuffled == group_advantages(rewards, scale)
+    shuffled = of_dialogues({key: rewards[key] for key in keys}, scale)
+    assert shuffled == of_dialogues(rewards, scale)
     for group in {key[0] for key in rewards}:
-        alone = group_advantages({key: r for key, r in rewards.items() if key[0] == group}, scale)[0]
+        alone = of_dialogues({key: r for key, r in rewards.items() if key[0] == group}, scale)[0]
         assert alone == {key: a for key, a in shuffled[0].items() if key[0] == group}
 
 
@@ -67,10 +74,10 @@ def test_those_whose_rewards_vary_most_are_found_as_by_trying_all_subsets(reward
 
 def test_the_share_of_groups_without_spread_counts_kept_groups():
     flat, wide, single = {(0, 0): 0.5, (0, 1): 0.5}, {(1, 0): 0.5, (1, 1): 0.6}, {(2, 0): 0.5}
-    assert group_advantages(flat, True) == ({(0, 0): 0.0, (0, 1): 0.0}, 1.0)
-    assert group_advantages(flat | wide | single, True)[1] == 0.5
-    assert group_advantages(wide | single, True)[1] == 0.0
-    assert group_advantages(single, True) == ({}, 0.0)
+    assert of_dialogues(flat, True) == ({(0, 0): 0.0, (0, 1): 0.0}, 1.0)
+    assert of_dialogues(flat | wide | single, True)[1] == 0.5
+    assert of_dialogues(wide | single, True)[1] == 0.0
+    assert of_dialogues(single, True) == ({}, 0.0)
 
 
 TURNS = {(0, 0): [3, 1, 2, 2], (0, 1): [4], (1, 0): [1, 1], (1, 1): [5, 2, 1]}  # sampled tokens of each turn
@@ -88,9 +95,9 @@ def layout(key, turns, think):
 
 
 def advantages(config, pieces, rewards, spans):
-    """All pieces' advantages as GRPO's `prepare` fills them, and its metrics."""
-    state, banned = State(None, None, None, None, []), torch.zeros(1, dtype=torch.bool)
-    metrics = prepare(state, config, pieces, rewards, banned, spans, World())
+    """All pieces' advantages as `update` makes them for GRPO, and its metrics."""
+    vectors, metrics = grpo_vectors(config, rewards, spans)
+    scatter(pieces, vectors["advantage"], "advantage")
     return torch.cat([piece.advantage for piece in pieces]).tolist(), metrics
 
 
@@ -128,9 +135,8 @@ def test_by_turn_a_token_gets_the_reward_from_its_turn_on_against_the_groups_sam
     assert found == pytest.approx(expected)
 
 
-@quick
-@given(groups)
-def test_with_one_turn_each_the_advantages_are_the_groups(rewards):
-    whole, flat = group_advantages(rewards, True)
-    by_turn, share = turn_advantages({key: [value] for key, value in rewards.items()}, True)
-    assert share == flat and by_turn == {key: [whole.get(key, 0.0)] for key in rewards}
+def test_a_turn_that_no_other_member_has_reached_gets_0_and_one_alone_in_its_group_is_dropped():
+    to_go = {(0, 0): [0.9, 0.5, 0.1], (0, 1): [0.1, 0.5], (1, 0): [0.3]}
+    found, flat = group_advantages(to_go, scale=False)
+    assert found == {(0, 0): pytest.approx([0.4, 0, 0]), (0, 1): pytest.approx([-0.4, 0])}
+    assert flat == pytest.approx(1 / 3)  # the second turn's alone does not vary; the third has no group at all

@@ -117,7 +117,7 @@ def test_the_merged_export_equals_the_unmerged_model_here_and_in_transformers(ba
 def test_peft_loads_the_adapter_with_equal_logits(base, tmp_path):
     peft = pytest.importorskip("peft")
     config, state = adapted(base, critic="trunk", lora_targets="q_proj,v_proj,o_proj,up_proj")
-    save_adapter(state.policy, base, config.lora_rank, config.lora_alpha, tmp_path / "adapter")
+    save_adapter(state.policy, config, tmp_path / "adapter")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "adapter")).eval()
     with torch.no_grad():

@@ -456,9 +456,10 @@ def test_any_text_gives_a_bounded_change(text, intention, language, mode):
     assert -10 <= change(language, "flat", intention, text, mode=mode, earlier=[text[::-1], text[:30]]) <= 10
 
 
-def test_user_hash_changes_with_every_data_file(tmp_path, monkeypatch):
+def test_the_users_identity_is_its_version_and_changes_with_every_data_file(tmp_path, monkeypatch):
     plain = user_hash()
-    assert len(plain) == 16 and int(plain, 16) >= 0
+    version, digits = plain.split("-")
+    assert version == offline.VERSION and len(digits) == 8 and int(digits, 16) >= 0
     for path in sorted(offline.DATA.iterdir()):
         folder = tmp_path / path.name
         shutil.copytree(offline.DATA, folder)

@@ -15,13 +15,13 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import make_engine, make_jobs, make_talk
+from conftest import make_engine, make_jobs, make_talk, run_dialogues
 from server import prompts_folder  # noqa: F401
 
 import train
 import users
 from config import Config
-from rollout import log_line, run_dialogues
+from rollout import log_line
 from score import mismatches, read_log
 from simulator import EmotionRules
 from users.clients import Answer, Endpoint, Local, usage_metrics
@@ -66,7 +66,7 @@ def test_a_real_server_is_talked_to_whether_or_not_its_model_can_be_understood(
     user = LLMUser(client, EmotionRules(), prompts=str(folder), one_call=True, retries=1)
     talk = make_talk(max_turns=1, reply_tokens=8)
     dialogues = run_dialogues(make_jobs(1, 2), make_engine(chat, slots=2, capacity=1024), chat, user, talk, (7, 0))
-    usage = usage_metrics([client.usage.drain()], 0, 0)
+    usage = usage_metrics([client.usage.drain()])
     assert 2 <= usage["simulator/llm_calls"] <= 10 and usage["simulator/latency_p50"] > 0
     assert usage["simulator/tokens_in"] > 100 and usage["simulator/tokens_out"] > 0, "the server counts tokens"
     for dialogue in dialogues:

@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-from conftest import ScriptedUser, make_engine, make_jobs, make_talk, tiny_model
+from conftest import ScriptedUser, make_engine, make_jobs, make_talk, run_dialogues, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import engine as engine_module
 from config import Config
 from model import ValueHead
-from rollout import Trajectory, log_line, pack, run_dialogues, split, token_rewards, trajectories
+from rollout import Trajectory, log_line, pack, split, token_rewards, trajectories
 from simulator import EmotionRules, Failed, UserTurn
 from update import State, forward, values
 

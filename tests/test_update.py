@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from conftest import ScriptedUser, hidden_states, make_engine, make_jobs, make_talk, tiny_raw
+from conftest import ScriptedUser, hidden_states, make_engine, make_jobs, make_talk, run_dialogues, tiny_raw
 from torch import nn
 
 import ppo
@@ -15,9 +15,22 @@ import update as update_module
 from chat import load_tokenizer, make_chat
 from config import Config
 from dist import World
-from rollout import Trajectory, pack, run_dialogues, split, token_rewards, trajectories
+from rollout import Trajectory, pack, split, token_rewards, trajectories
 from simulator import EmotionRules, Failed
-from update import Piece, State, build, by_dialogue, forward, learn, prepare, scatter, set_learning_rates, update
+from update import (
+    Piece,
+    State,
+    build,
+    by_dialogue,
+    forward,
+    grpo_vectors,
+    learn,
+    ppo_vectors,
+    scatter,
+    score,
+    set_learning_rates,
+    update,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = {"ppo head": {"critic": "head"}, "ppo trunk": {"critic": "trunk"}, "grpo": {"algorithm": "grpo"}}
@@ -61,14 +74,25 @@ def roll(state, think=False, change=None, groups=3, members=2, seed=0):
 
 
 def rewards_of(dialogues):
-    """The rewards that `prepare` wants, and the spans that GRPO gives one advantage: whole dialogues."""
+    """The rewards of an update, and the spans that get one advantage each in GRPO: whole dialogues."""
     rewards = {dialogue.key: torch.tensor(token_rewards(dialogue, "final")) for dialogue in dialogues}
     return rewards, {key: [len(vector)] for key, vector in rewards.items()}
 
 
 def prepared(state, config, pieces, dialogues):
-    rewards, spans = rewards_of(dialogues)
-    return prepare(state, config, pieces, rewards, BANNED, spans, World())
+    """Fill hand-made pieces as `update` fills its own."""
+    fill(state, config, pieces, *rewards_of(dialogues))
+
+
+def fill(state, config, pieces, rewards, spans):
+    score(state, config, pieces, BANNED)
+    if config.algorithm == "grpo":
+        vectors, _ = grpo_vectors(config, rewards, spans)
+    else:
+        value = by_dialogue(pieces, [piece.old_value for piece in pieces], World())
+        vectors, _ = ppo_vectors(config, rewards, spans, value)
+    for name, found in vectors.items():
+        scatter(pieces, found, name)
 
 
 def gradients(state, config, step):
@@ -268,7 +292,7 @@ def test_by_dialogue_joins_turns_in_order_and_scatter_is_the_way_back():
 def test_gae_runs_over_the_turns_of_a_dialogue_and_comes_back_to_the_right_tokens(gamma, lam, whitened):
     pieces, config = hand_made(), Config(gamma=gamma, lam=lam, scale_advantage=whitened)
     rewards = {A: torch.tensor([0, 0, 0.4]), B: torch.tensor([0.2, 0, 0, 0.9])}
-    prepare(State(None, None, nn.Identity(), None, []), config, pieces, rewards, BANNED, {A: [3], B: [4]}, World())
+    fill(State(None, None, nn.Identity(), None, []), config, pieces, rewards, {A: [3], B: [4]})
     a, a_returns = ppo.gae(rewards[A], torch.tensor([0.1, 0.2, 0.3]), gamma, lam)
     b, b_returns = ppo.gae(rewards[B], torch.tensor([0.5, 0.6, 0.7, 0.8]), gamma, lam)
     if whitened:  # over all trained tokens of the batch, however they are packed
@@ -360,29 +384,6 @@ def test_the_kl_loss_adds_the_gradient_of_k2_and_nothing_while_policy_and_refere
     found = of_update(state, config, dialogues)
     assert distance(found, expected) < 1e-5 and distance(found, without) > 1e-3
     assert update(state, config, dialogues, BANNED)["policy/kl_reference"] > 1e-3
-
-
-def test_the_kl_in_the_reward_is_k1_on_each_token(make, steps):
-    config, state, dialogues = perturbed_kl(make, "ppo head", kl="reward", scale_advantage=False)
-    update(state, config, dialogues, BANNED)
-    [(pieces, metrics)] = steps
-    k1 = by_dialogue(pieces, [piece.old_logp - piece.reference_logp for piece in pieces], World())
-    returns = by_dialogue(pieces, [piece.returns for piece in pieces], World())
-    assert metrics["policy/approx_kl"] == pytest.approx(0, abs=1e-9)
-    for dialogue in dialogues:
-        later = k1[dialogue.key].flip(0).cumsum(0).flip(0)
-        torch.testing.assert_close(returns[dialogue.key], dialogue.reward - 0.5 * later)
-    assert max(float(vector.abs().max()) for vector in k1.values()) > 0.1
-
-
-def test_the_kl_in_grpos_reward_is_k1_summed_over_the_dialogue(make, steps):
-    config, state, dialogues = perturbed_kl(make, "grpo", kl="reward", scale_advantage=False)
-    update(state, config, dialogues, BANNED)
-    pieces = steps[0][0]
-    k1 = by_dialogue(pieces, [piece.old_logp - piece.reference_logp for piece in pieces], World())
-    total = {dialogue.key: dialogue.reward - 0.5 * float(k1[dialogue.key].sum()) for dialogue in dialogues}
-    for (g, m), vector in by_dialogue(pieces, [piece.advantage for piece in pieces], World()).items():
-        assert vector.tolist() == pytest.approx([(total[g, m] - total[g, 1 - m]) / 2] * len(vector), abs=1e-4)
 
 
 @pytest.mark.parametrize("think", [False, True])

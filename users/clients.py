@@ -84,19 +84,15 @@ class Usage:
         return taken
 
 
-def usage_metrics(
-    parts: list[tuple[collections.Counter, list[float]]], price_in: float, price_out: float
-) -> dict[str, float]:
-    """What the clients of all ranks were used for, as metrics. Prices per million tokens."""
+def usage_metrics(parts: list[tuple[collections.Counter, list[float]]]) -> dict[str, float]:
+    """What the clients of all ranks were used for, as metrics."""
     c, times = sum((counts for counts, _ in parts), collections.Counter()), sorted(t for _, ts in parts for t in ts)
-    tokens = c["tokens_in"], c["tokens_out"]
     return {
         "simulator/llm_calls": c["calls"], "simulator/retries": c["retries"],
         "simulator/parse_failures": c["parse_failures"], "simulator/clamped": c["clamped"],
-        "simulator/tokens_in": tokens[0], "simulator/tokens_out": tokens[1],
+        "simulator/tokens_in": c["tokens_in"], "simulator/tokens_out": c["tokens_out"],
         "simulator/latency_p50": median(times) if times else 0.0,
         "simulator/latency_p95": times[int(0.95 * (len(times) - 1))] if times else 0.0,
-        "simulator/cost": (tokens[0] * price_in + tokens[1] * price_out) / 1e6,
     }
 
 
