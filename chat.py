@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config import InputError, find_folder
+from config import InputError
+from model import find_folder
 
 OPEN, CLOSE = "<think>", "</think>"
 

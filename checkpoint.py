@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from config import Config, InputError, find_folder, read_json, sync
+from config import Config, InputError, read_json, sync
 from dist import World, local, rows, whole
-from model import FAMILIES, Linear, Transformer
+from model import FAMILIES, Linear, Transformer, find_folder
 
 FILE_BYTES = 1 << 30  # of one checkpoint file, over all ranks: a rank holds two copies of its part while it writes
 # A single process is meant where there is no process group; DCP warns of it at every save and load.

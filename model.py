@@ -13,6 +13,7 @@ V vocabulary.
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +82,27 @@ class ModelConfig:
             )
         except KeyError as error:
             raise InputError(f"{where}: key {error} is missing; is this a model's config.json?") from None
+
+
+def find_folder(name: str, weights: bool = True) -> Path:
+    """The local folder of a model: `name` itself, or the hub's snapshot, with or without its weights.
+
+    Raises InputError where there is none; the hub is not asked for what reads like a path of ours.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if name.count("/") != 1 or name.startswith((".", "/", "models/", "runs/")):
+        make = "`make demo` makes models/smollm2-135m-instruct"
+        raise InputError(f"{name}: no such model folder; {make}, or give a hub name like Qwen/Qwen2.5-7B-Instruct")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "merges.txt", "*.jinja"] + ["*.safetensors"] * weights
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        why = type(error).__name__
+        raise InputError(f"{name}: neither a folder here nor to be had from the hub ({why})") from None
 
 
 def rope_tables(position_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -102,7 +102,7 @@ def make_talk(config: Config, training: bool) -> Talk:
         systems={lang: system_prompt(lang, config.think, config.system) for lang in ("en", "zh")},
         max_turns=config.max_turns if training else config.eval_max_turns,
         reply_tokens=config.reply_tokens,
-        strict_format=training,
+        strict_format=training and config.strict_format,
         appraise_last=training,
     )
 

@@ -83,27 +83,25 @@ def build(config: Config, world: World) -> State:
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     values = [p for name, p in trained.items() if ".critic." in name]  # the critic's adapter
     values += [*(head.parameters() if head else []), *(critic.parameters() if critic and critic is not policy else [])]
-    own = groups([p for name, p in trained.items() if ".critic." not in name], config.lr, config.warmup, config)
-    extra = groups(values, config.critic_lr, config.critic_warmup, config)
+    own = groups([p for name, p in trained.items() if ".critic." not in name], config.lr, config.warmup)
+    extra = groups(values, config.critic_lr, config.critic_warmup)
     sets = [own, extra] if critic else [own + extra]
-    optimisers = [torch.optim.AdamW(chosen, betas=(0.9, 0.95), fused=True) for chosen in sets]
+    optimisers = [torch.optim.AdamW(chosen, betas=(0.9, 0.95), weight_decay=0.0, fused=True) for chosen in sets]
     state = State(policy, critic, head, reference, optimisers)
     if world.mesh is not None and config.generation == "replica":
         state.sampler = make_replica(policy, config, world)
     return state
 
 
-def groups(parameters: list[nn.Parameter], lr: float, warmup: int, config: Config) -> list[dict]:
-    """AdamW's parameter groups: weight decay on matrices only. `warmup` steps scale `base_lr` up to its full value.
+def groups(parameters: list[nn.Parameter], lr: float, warmup: int) -> list[dict]:
+    """AdamW's parameter groups. `warmup` steps scale `base_lr` up to its full value.
 
     Sharded and replicated parameters never share a group: AdamW cannot treat them in one call.
     """
-    kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    kinds: dict[bool, list[nn.Parameter]] = {}
     for p in parameters:
-        kinds.setdefault((p.dim() >= 2, isinstance(p, DTensor)), []).append(p)
-    shared = {"lr": lr, "base_lr": lr, "warmup": warmup}
-    decay = {True: config.weight_decay, False: 0.0}
-    return [{"params": chosen, "weight_decay": decay[matrix], **shared} for (matrix, _), chosen in kinds.items()]
+        kinds.setdefault(isinstance(p, DTensor), []).append(p)
+    return [{"params": chosen, "lr": lr, "base_lr": lr, "warmup": warmup} for chosen in kinds.values()]
 
 
 def set_learning_rates(state: State, config: Config) -> None:

@@ -19,9 +19,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from config import Config, InputError, find_folder, load_config, read_json  # noqa: E402
+from config import Config, InputError, load_config, read_json  # noqa: E402
 from engine import PREFILL  # noqa: E402
-from model import CHUNK, ModelConfig  # noqa: E402
+from model import CHUNK, ModelConfig, find_folder  # noqa: E402
 from simulator import load_profiles  # noqa: E402
 
 SHAPES = ROOT / "configs" / "shapes"
@@ -243,7 +243,10 @@ def main(argv: list[str]) -> int:
     machines = [arg for arg in argv if re.fullmatch(r"[\dx]+", arg)]
     if len(machines) != 1:
         raise InputError("scripts/plan.py wants a config and a machine: python scripts/plan.py configs/ppo.py 8x80")
-    print(plan(load_config([arg for arg in argv if arg not in machines]), machines[0]))
+    options = [arg for arg in argv if arg not in machines]
+    if "user=local" not in options:
+        options.append("user=offline")  # a plan needs no server
+    print(plan(load_config(options), machines[0]))
     return 0
 
 

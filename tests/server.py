@@ -82,8 +82,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(int(fault[:3]), json.dumps(error), **HEADERS.get(fault, {}))
         system, user = (message["content"] for message in body["messages"])
         message = {"role": "assistant", "content": SAID.get(fault) or server.say(system, user)}
+        reason = "length" if fault == "cut" else "stop"
         answer = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"],
-                  "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+                  "choices": [{"index": 0, "message": message, "finish_reason": reason}],
                   "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}}  # fmt: skip
         self.reply(200, json.dumps(answer))
 

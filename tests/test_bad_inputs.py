@@ -175,7 +175,9 @@ TRAIN = {
     "unknown intention": (lambda: people({**ROW, "task": "fame"}), "run=new", "people.jsonl:1: | 'task' | 'fame'"),
     "duplicate id": (lambda: people(ROW, ROW), "run=new", "people.jsonl:2: | 'a' | line 1"),
     "empty profile file": (lambda: people(), "run=new", "people.jsonl | holds no profile"),
-    "fewer profiles than a step draws": (nothing, "run=new groups=2", "people.jsonl: | 1 profiles | 2 different | groups=1"),
+    "fewer profiles than a step draws": (
+        nothing, "run=new groups=2", "people.jsonl: | 1 profiles | 2 different | groups=1"
+    ),
     "profile file of binary": (lambda: Path("people.jsonl").write_bytes(b"\xff\xfe\x00"), "run=new", "people.jsonl"),
     "no GPU": (nothing, "run=new device=cuda", "'device' | device=cpu"),
     "run with another config": (nothing, "lr=0.5", "run: | lr= | 0.5 | another run=DIR"),

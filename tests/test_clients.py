@@ -1,6 +1,5 @@
 """Users that are language models: what a server may do to us, dialogues, record and replay, training runs, Local."""
 
-import email.utils
 import itertools
 import json
 import logging
@@ -9,7 +8,9 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import openai
 import pytest
+import torch
 from conftest import make_engine, make_jobs, make_talk, run_dialogues, tiny_model
 from runs import argv, metrics, restored, tiny_runs  # noqa: F401
 from server import ideal, prompts_folder, serve  # noqa: F401
@@ -17,37 +18,36 @@ from server import ideal, prompts_folder, serve  # noqa: F401
 import eval as evaluation
 import train
 import users
-from chat import Reply, load_tokenizer
+from chat import load_tokenizer
 from checkpoint import checkpoints, save_model
-from config import Config, InputError
+from config import Config, InputError, load_config
 from rollout import USER_STREAM, log_line
+from scripts.plan import ROOT
 from simulator import EmotionRules, hash_key
-from users import clients
 from users.clients import Answer, Call, Endpoint, Record, Usage, usage_metrics
-from users.llm_user import APPRAISAL, GOODBYE, LLMUser
+from users.llm_user import LLMUser
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
 def no_backoff(monkeypatch):
-    """Tries follow each other at once, and the circuit breaker's pauses are short."""
-    monkeypatch.setattr(clients, "random", SimpleNamespace(uniform=lambda low, high: 0.0))
-    monkeypatch.setattr(clients, "PAUSE", (0.05, 0.1))
+    """The openai client's tries follow each other at once, unless a server asks for more."""
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.0)
 
 
 # --- the endpoint
 
 
 def endpoint(server, **changes):
-    values = dict(model="m", url=server.url, key_env="", temperature=0.7, tokens=64, concurrency=4, retries=3,
-                  try_timeout=0.4, dialogue_timeout=10.0)  # fmt: skip
-    return Endpoint(**{**values, **changes})
+    values = dict(user="llm", user_model="m", user_url=server.url, user_temperature=0.7, user_tokens=64,
+                  user_concurrency=4, user_retries=3, user_timeout=0.4)  # fmt: skip
+    return Endpoint(Config(**{**values, **changes}))
 
 
 def call(member=0, turn=1, **changes):
     values = dict(key=(0, member), seed=7 + member, turn=turn, hop="appraisal", attempt=0, system='"change"',
-                  user=f"member {member}", fields=APPRAISAL)  # fmt: skip
+                  user=f"member {member}")  # fmt: skip
     return Call(**{**values, **changes})
 
 
@@ -61,21 +61,37 @@ def ask(client, *calls):
     return [got[one] for one in calls]
 
 
-@pytest.mark.parametrize("fault", [
-    "429 at once", "500", "503", "drop", "hang", "trickle", "blank", "not json", "html", "no message"])
+@pytest.mark.parametrize("fault", ["429 at once", "500", "503", "drop", "hang"])
 def test_a_passing_fault_is_tried_again_and_answered(fault):
     with serve(fault) as server:
         client = endpoint(server)
         begun = time.monotonic()
         assert ask(client, call()) == [Answer(ideal('"change"', "member 0"))]
-        assert time.monotonic() - begun < 3, "a try ends in time, whatever trickles in"
-        assert len(server.requests) == 2
+        assert time.monotonic() - begun < 3 and len(server.requests) == 2
         usage = usage_metrics([client.usage.drain()])
         assert (usage["simulator/llm_calls"], usage["simulator/retries"]) == (2, 1)
-        answered = 1 + (fault == "blank")
-        assert (usage["simulator/tokens_in"], usage["simulator/tokens_out"]) == (100 * answered, 10 * answered)
+        assert (usage["simulator/tokens_in"], usage["simulator/tokens_out"]) == (100, 10)
         assert usage["simulator/latency_p95"] > 0
         assert not any(usage_metrics([client.usage.drain()]).values())
+
+
+@pytest.mark.parametrize("fault", ["blank", "not json", "html", "no message", "trickle"])
+def test_an_answer_that_is_none_is_empty_in_time_and_the_user_asks_again(fault, chat, folder):
+    with serve(fault) as server:
+        client = endpoint(server)
+        begun = time.monotonic()
+        assert ask(client, call()) == [Answer()] and time.monotonic() - begun < 2, "whatever trickles in"
+        assert len(server.requests) == 1
+    with serve(fault) as server:
+        (dialogue,) = hold(chat, client := endpoint(server), folder, make_jobs(1, 1), turns=1)
+        assert dialogue.completed and usage_metrics([client.usage.drain()])["simulator/parse_failures"] == 1
+
+
+def test_a_server_that_hangs_for_ever_fails_the_call_in_bounded_time():
+    with serve(fault=lambda n: "hang") as server:
+        begun = time.monotonic()
+        assert "in time" in ask(endpoint(server, user_retries=2, user_timeout=0.3), call())[0].failed
+        assert 0.9 < time.monotonic() - begun < 3 and len(server.requests) == 3
 
 
 def test_what_is_asked():
@@ -88,79 +104,94 @@ def test_what_is_asked():
 
 
 @pytest.mark.parametrize("status", ["400", "401", "402", "403", "404", "422"])
-def test_a_useless_try_is_made_once_and_after_a_fatal_one_nobody_asks(status):
-    with serve(fault=lambda n: status) as server:
-        client = endpoint(server, json_mode=False)
+def test_a_refused_call_fails_at_once_and_the_next_is_asked_all_the_same(status):
+    """One 403 may be about one dialogue's words alone; it does not condemn the endpoint."""
+    with serve(status) as server:
+        client = endpoint(server)
         assert status in ask(client, call())[0].failed and len(server.requests) == 1
-        assert status in ask(client, call(1))[0].failed
-        assert len(server.requests) == (2 if status in ("400", "422") else 1)
+        assert ask(client, call(1))[0].text and len(server.requests) == 2
 
 
-def test_json_mode_is_dropped_for_good_where_it_alone_is_refused():
-    with serve(fault=lambda n: "400 on response_format") as server:
-        client = endpoint(server)
-        assert all(answer.text for answer in [*ask(client, call()), *ask(client, call(1))])
-        assert ["response_format" in sent for sent in server.requests] == [True, False, False]
-    with serve("400", "400") as server:  # for another reason
-        client = endpoint(server)
-        assert "400" in ask(client, call())[0].failed and ask(client, call(1))[0].text
-        assert "response_format" in server.requests[-1]
+def test_a_cut_answer_says_so():
+    with serve("cut") as server:
+        assert ask(endpoint(server), call())[0].cut
 
 
-def test_retry_after_is_honoured_and_gives_up_where_it_asks_for_too_long():
+def test_retry_after_is_honoured():
     with serve("429", "429") as server:
         assert ask(endpoint(server), call())[0].text
         assert all(b - a >= 0.3 for a, b in zip(server.times, server.times[1:])) and len(server.times) == 3
-    with serve("429") as server:
-        assert "429" in ask(endpoint(server, dialogue_timeout=0.2), call())[0].failed and len(server.times) == 1
-
-
-def test_retry_after_is_a_number_or_a_date():
-    assert [clients.retry_after(text) for text in ("7", "0.5", "", "soon", "-3")] == [7.0, 0.5, 0.0, 0.0, 0.0]
-    assert 25 < clients.retry_after(email.utils.formatdate(time.time() + 30, usegmt=True)) <= 30
-    assert clients.retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
-
-
-def test_a_dialogue_waits_no_longer_than_it_may_over_all_its_calls():
-    with serve("", "hang", "hang", delay=lambda n: 0.4 * (n == 0)) as server:
-        client, begun = endpoint(server, try_timeout=15.0, dialogue_timeout=0.7), time.monotonic()
-        assert ask(client, call())[0].text
-        assert ask(client, call(turn=3))[0].failed and time.monotonic() - begun < 1.5
-        assert ask(client, call(turn=3))[0].failed and len(server.requests) == 2, "its time is up"
-    with serve() as server:
-        client.client = endpoint(server).client
-        assert ask(client, call(1))[0].text, "another dialogue's is not"
-        client.begin()
-        assert ask(client, call())[0].text, "nor is it in a new rollout"
-
-
-def test_after_several_failures_in_a_row_nobody_asks_for_a_while(monkeypatch):
-    monkeypatch.setattr(clients, "PAUSE", (0.5, 0.5))
-    with serve(*["500"] * clients.BREAK_AFTER) as server:
-        client = endpoint(server, retries=20, concurrency=2)
-        limit = time.monotonic() + 5
-        client.submit(call())
-        while client.paused_until == 0 and time.monotonic() < limit:
-            time.sleep(0.01)
-        assert all(answer.text for _, answer in [*client.poll(5), *zip([0], ask(client, call(1)))])
-        gaps = [b - a for a, b in zip(server.times, server.times[1:])]
-        assert max(gaps[: clients.BREAK_AFTER - 1]) < 0.3 and gaps[clients.BREAK_AFTER - 1] > 0.4 and len(gaps) == 9
-        client.paused_until, client.dialogue_timeout = time.monotonic() + 60, 0.3
-        assert ask(client, call(2))[0].failed and len(server.times) == 10
 
 
 def test_the_key_is_sent_and_never_told(monkeypatch, caplog):
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("USER_KEY", "sk-very-secret")
-    with serve("500", "429 at once", "not json", "drop", "hang", "401") as server:
-        client = endpoint(server, key_env="USER_KEY", retries=9)
+    with serve("500", "429 at once", "drop", "hang", "401") as server:
+        client = endpoint(server, user_key_env="USER_KEY", user_retries=9)
         failed = ask(client, call())[0].failed
         assert {sent["key"] for sent in server.requests} == {"Bearer sk-very-secret"} and "401" in failed
         assert "secret" not in failed + caplog.text + repr(client.__dict__)
+    with serve("401") as server, pytest.raises(InputError) as error:
+        endpoint(server, user_key_env="USER_KEY").probe()
+    assert "secret" not in str(error.value) + caplog.text
     for name in ("", "  "):
         monkeypatch.setenv("USER_KEY", name)
         with pytest.raises(InputError, match="user_key_env.*USER_KEY"):
-            endpoint(server, key_env="USER_KEY")
+            endpoint(server, user_key_env="USER_KEY")
+
+
+# --- asked once before anything is loaded
+
+
+def test_the_probe_asks_once_and_leaves_no_trace():
+    with serve() as server:
+        client = endpoint(server)
+        client.probe()
+        assert len(server.requests) == 1 and server.requests[0]["max_tokens"] == 1 and client.json_mode
+        assert not any(usage_metrics([client.usage.drain()]).values())
+
+
+def test_a_server_that_refuses_json_mode_is_not_asked_for_it_again():
+    with serve(fault=lambda n: "400 on response_format") as server:
+        client = endpoint(server)
+        client.probe()
+        assert all(answer.text for answer in ask(client, call(), call(1)))
+        assert ["response_format" in sent for sent in server.requests] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("fault", ["429 at once", "503", "500"])
+def test_a_server_that_is_busy_or_still_loading_is_one(fault):
+    with serve(fault) as server:
+        endpoint(server).probe()
+        assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("fault, words", [
+    ("401", "401; look at the key"), ("404", "404; is user_model=m there"), ("400", "400; look at user_model"),
+    ("html", "no OpenAI-compatible server"), ("drop", "nobody answers"), ("hang", "nobody answers"),
+])  # fmt: skip
+def test_a_run_whose_endpoint_is_of_no_use_ends_before_anything_is_loaded(tiny, folder, monkeypatch, fault, words):
+    monkeypatch.setattr(train, "build", lambda *_: pytest.fail("weights were loaded"))
+    with serve(fault=lambda n: fault) as server:
+        config = llm_run(tiny, server, folder)
+        begun = time.monotonic()
+        with pytest.raises(InputError, match=f"user_url.*{words}"):
+            train.train(config)
+        assert time.monotonic() - begun < 3 and not Path(config.run).exists()
+
+
+@pytest.mark.parametrize("url, words", [
+    ("notaurl", "no http address"), ("ftp://host/v1", "no http address"), ("http://", "no http address"),
+    ("http://me:secret@host/v1", "user_key_env"), ("https://host/v1?api_key=secret", "user_key_env"),
+    ("http://127.0.0.1:9/v1", "nobody answers"),
+])  # fmt: skip
+def test_an_address_that_is_none_and_a_closed_port_are_a_line_within_seconds(tiny, folder, url, words):
+    config = llm_run(tiny, SimpleNamespace(url=url), folder)
+    begun = time.monotonic()
+    with pytest.raises(InputError, match=words) as error:
+        train.train(config)
+    assert time.monotonic() - begun < 3 and not Path(config.run).exists()
+    assert "secret" not in str(error.value) and "\n" not in str(error.value)
 
 
 # --- the user
@@ -223,21 +254,41 @@ def test_emotions_follow_the_logged_changes_and_hops_come_in_order(chat, folder,
 def test_a_goodbye_ends_a_dialogue_but_not_its_opening(chat, folder):
     client = Patient()
     client.poll, poll = lambda timeout: [
-        (call, Answer('{"change": 4, "response": "Goodbye then."}')) for call, _ in poll(timeout)], client.poll
+        (call, Answer('{"change": 4, "thinking": "h", "response": "Goodbye then."}')) for call, _ in poll(timeout)
+    ], client.poll
     dialogues = hold(chat, client, folder, make_jobs(2, 2, first_talk=None))
     assert all(dialogue.ended == "goodbye" and len(dialogue.turns) == 1 for dialogue in dialogues)
     assert [evaluation.mismatches(log_line(dialogue), "") for dialogue in dialogues] == [[]] * 4
 
 
-@pytest.mark.parametrize("language, text, leaves", [
-    ("en", "Goodbye then.", True), ("en", "Thanks. Bye!", True), ("en", "I must go, talk to you later.", True),
-    ("en", "He left and never said goodbye.", False), ("en", "I could not even say bye to her.", False),
-    ("en", "It was the goodbye that hurt, our farewell.", False), ("en", "Byelaws are dull.", False),
-    ("zh", "谢谢你，再见。", True), ("zh", "先这样吧，拜拜", True), ("zh", "他走的时候都没跟我说再见。", False),
-    ("zh", "我不想再见到他。", False), ("zh", "后来没再见过面。", False),
-])  # fmt: skip
-def test_leave_is_taken_not_told_of(language, text, leaves):
-    assert bool(GOODBYE[language].search(text)) == leaves
+def test_a_goodbye_that_the_emotion_forbids_is_asked_for_again_and_ends_the_talk_if_it_is_said_twice(chat, folder):
+    said = []
+
+    def say(system, user):
+        if "User00" not in system or "Keys: \"response\"" not in system:
+            return ideal(system, user)
+        said.append(user)
+        return json.dumps({"response": "Goodbye." if len(said) in (1, 3, 4) else "Go on."})
+
+    with serve(say=say) as server:
+        dialogues = hold(chat, endpoint(server), folder)
+    assert [turn.user.text for turn in dialogues[0].turns] == ["Go on.", "Goodbye."] and len(said) == 4
+    assert [dialogue.ended for dialogue in dialogues] == ["goodbye", *["max_turns"] * 3]
+
+
+@pytest.mark.parametrize("words", [
+    "As my hidden intention says, I want advice.", "I answer in band C.", "我的隐藏意图是这个。", "你说的我都明白了。"])
+def test_words_out_of_role_or_in_another_language_are_asked_for_again(chat, folder, words):
+    count = itertools.count()
+
+    def say(system, user):
+        if "Keys: \"response\"" not in system:
+            return ideal(system, user)
+        return json.dumps({"response": words if next(count) % 2 == 0 else "It broke on Monday."}, ensure_ascii=False)
+
+    with serve(say=say) as server:
+        (dialogue,) = hold(chat, endpoint(server), folder, make_jobs(1, 1))
+    assert [turn.user.text for turn in dialogue.turns] == ["It broke on Monday."] * 3
 
 
 def test_what_cannot_be_read_is_asked_again_under_another_seed_then_the_dialogue_fails(chat, folder):
@@ -329,7 +380,7 @@ def shaky(server, rate=0.3, doomed=()):
 
 def llm_run(tiny, server, folder, **changes):
     values = dict(algorithm="grpo", user="llm", user_model="m", user_url=server.url, prompts=str(folder), steps=2,
-                  user_try_timeout=0.3, user_retries=5, user_dialogue_timeout=9.0)  # fmt: skip
+                  user_timeout=0.3, user_retries=5)  # fmt: skip
     return tiny(**{**values, **changes})
 
 
@@ -352,20 +403,20 @@ def test_a_run_with_a_shaky_server_completes_and_excludes_failed_dialogues(tiny,
 
 
 def test_a_run_whose_key_is_refused_stops_with_a_checkpoint_and_says_why(tiny, folder, capfd):
-    with serve(fault=lambda n: "401" if n >= 8 * 4 else "") as server:
+    with serve(fault=lambda n: "401" if n > 8 * 4 else "") as server:
         config = llm_run(tiny, server, folder)
         assert train.main(argv(config)) == 1
-        assert len(server.requests) <= 8 * 4 + 8
-    assert "401; look at user_url, user_model and the key" in capfd.readouterr().err
+        assert len(server.requests) == 1 + 8 * 4 + 2 * 8, "probe, first step, and two tries of the second"
+    assert "8 of 8 users failed, twice; the first said: the user's server answered 401" in capfd.readouterr().err
     assert [path.name for path in checkpoints(Path(config.run))] == ["step_1"]
 
 
 def test_a_run_with_a_dead_server_stops_with_a_checkpoint_and_says_why(tiny, folder, capfd):
-    with serve() as server:
-        config = llm_run(tiny, server, folder, user_retries=1, user_dialogue_timeout=1.0)
-    assert train.main(argv(config)) == 1
+    with serve(fault=lambda n: "drop" if n > 8 * 4 else "") as server:
+        config = llm_run(tiny, server, folder, user_retries=1)
+        assert train.main(argv(config)) == 1
     assert "8 of 8 users failed, twice" in capfd.readouterr().err
-    assert [path.name for path in checkpoints(Path(config.run))] == ["step_0"]
+    assert [path.name for path in checkpoints(Path(config.run))] == ["step_1"]
 
 
 def test_a_missing_key_leaves_no_run_behind(tiny, folder):
@@ -375,7 +426,7 @@ def test_a_missing_key_leaves_no_run_behind(tiny, folder):
 
 
 def test_a_replayed_run_is_the_recorded_one_evaluations_included(tiny, folder, monkeypatch):
-    monkeypatch.setattr(evaluation, "make_user", train.make_user)
+    monkeypatch.setattr(evaluation, "make_user", users.make_user)
     people, count = folder.parent / "people.jsonl", itertools.count()
     rows = [json.loads(line) for line in people.read_text().splitlines()]
     rows[::2] = [{key: row[key] for key in row if key != "first_talk"} for row in rows[::2]]
@@ -409,10 +460,53 @@ def test_a_local_user_completes_a_rollout_and_answers_the_same_in_any_batch(tiny
         client.begin()
         assert ask(client, one) == [answer]
     if speaks:
-        said = Reply([], '{"change": 4, "response": "Hm."}')
-        monkeypatch.setattr(client.chat, "read", lambda ids: said)
+        said, poll = Answer('{"change": 4, "response": "Hm."}'), client.poll
+        monkeypatch.setattr(client, "poll", lambda timeout: [(one, said) for one, _ in poll(timeout)])
     client.usage.drain()
     ended = [dialogue.ended for dialogue in hold(chat, client, folder, retries=1, turns=2)]
     assert ended == ["max_turns" if speaks else "failed"] * 4
     usage = usage_metrics([client.usage.drain()])
     assert usage["simulator/llm_calls"] == (16 if speaks else 8) and usage["simulator/tokens_out"] > 0
+
+
+def test_what_the_prompts_of_a_hop_have_in_common_is_prefilled_once(tiny, folder):
+    """Two dialogues, two hops each: at their second turn only what is new is computed, whatever came between."""
+    save_model(tiny_model(), load_tokenizer("bytes"), folder.parent / "user")
+    config = tiny(user="local", user_model=str(folder.parent / "user"), user_tokens=4, user_context=700,
+                  user_concurrency=2, prompts=str(folder))  # fmt: skip
+    client, prefilled = users.make_client(config), []
+    for turn in (1, 3):
+        for hop in ("appraisal", "reply"):
+            before = client.engine.tokens_prefilled
+            both = [call(i, turn=turn, hop=hop, system=f"{hop} {i} " + "x" * 400, user="y" * turn) for i in (0, 1)]
+            ask(client, *both)
+            prefilled.append(client.engine.tokens_prefilled - before)
+    assert min(prefilled[:2]) > 800 and max(prefilled[2:]) < 100
+    assert len(client.slots) == 4
+
+
+def test_a_local_user_may_compute_in_bf16(tiny, folder):
+    save_model(tiny_model(), load_tokenizer("bytes"), folder.parent / "user")
+    config = tiny(user="local", user_model=str(folder.parent / "user"), user_tokens=4, user_context=400,
+                  user_dtype="bf16", prompts=str(folder))  # fmt: skip
+    client = users.make_client(config)
+    assert client.engine.cache.k.dtype == client.engine.model.output_weight.dtype == torch.bfloat16
+    assert ask(client, call())[0].text is not None
+
+
+ABLATIONS = [path.stem for path in sorted((ROOT / "configs").glob("*.py")) if path.stem.startswith(("ppo", "grpo"))]
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_config_of_the_paper_runs_two_steps_with_a_tiny_model_and_a_served_user(tmp_path, folder, name):
+    with serve() as server:
+        options = dict(
+            run=tmp_path / "run", model=ROOT / "configs/shapes/tiny.json", tokenizer="bytes", user_url=server.url,
+            user_model="m", prompts=folder, groups=2, group_size=2, max_turns=2, slots=4, reply_tokens=8, steps=2,
+            context_tokens=1024, micro_tokens=1024, eval_every=2, eval_max_turns=2, threads=1,
+        )  # fmt: skip
+        config = load_config([str(ROOT / f"configs/{name}.py"), *(f"{key}={value}" for key, value in options.items())])
+        assert train.train(config).is_dir() and config.user == "llm"
+    rows = metrics(config)
+    assert [row["step"] for row in rows] == [1, 2] and "eval/score" in rows[1]
+    assert all(row["skipped"] == 0 and row["simulator/failed"] == 0 for row in rows)

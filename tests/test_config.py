@@ -1,6 +1,7 @@
 """Options: how a Config is filled, what it refuses and how it says so, and that every config of ours is sound."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -10,8 +11,9 @@ from hypothesis import strategies as st
 
 import eval as evaluation
 import train
-from config import Config, InputError, apply, check, help_text, load_config, read_saved, save_config
+from config import FIRST, SECTIONS, Config, InputError, apply, check, check_value, load_config, read_saved, save_config
 from model import ModelConfig
+from simulator import load_profiles
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 SHAPES = sorted((ROOT / "configs" / "shapes").glob("*.json"))
@@ -25,10 +27,35 @@ def says(*fragments):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_of_ours_loads_and_validates(path):
-    config = load_config([str(path)])
-    assert config.run == f"runs/{path.stem}"
+    server = [] if path.stem in ("demo", "demo_grpo", "tiny") else ["user_url=http://127.0.0.1:1/v1", "user_model=m"]
+    config = load_config([str(path), *server])
+    assert config.run == f"runs/{path.stem}" and config.user == ("llm" if server else "offline")
     assert check(config) == config
     assert path.read_text(encoding="utf-8").startswith('"""')
+    assert len(load_profiles(ROOT / config.profiles)) >= config.groups
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo", "ppo_think", "grpo_think", "ppo_1b", "ppo_lora_1gpu"])
+def test_the_papers_commands_want_the_papers_kind_of_user(name):
+    path = str(ROOT / f"configs/{name}.py")
+    with says("'user_url'", "user=llm", "user_url=http", "user_model=NAME", "user=offline"):
+        load_config([path])
+    with says("'user_model'", "user=offline"):
+        load_config([path, "user_url=http://127.0.0.1:1/v1"])
+    assert load_config([path, "user=offline"]).user == "offline"
+
+
+def test_the_ablations_are_configs():
+    """{ppo, grpo} x {think, no think} x {vanilla, challenging users}."""
+    found = {}
+    for path in CONFIGS:
+        config = load_config([str(path), "user=offline"])
+        if config.model.endswith("7B-Instruct") and not config.lora_rank:
+            found[config.algorithm, config.think, config.user_mode] = path.stem
+    assert len(found) == 8 and set(found) == set(
+        itertools.product(("ppo", "grpo"), (False, True), ("vanilla", "challenging")))  # fmt: skip
+    page = (ROOT / "docs/ablations.md").read_text(encoding="utf-8")
+    assert all(f"`{name}.py`" in page for name in found.values())
 
 
 @pytest.mark.parametrize("path", SHAPES, ids=lambda path: path.stem)
@@ -175,12 +202,29 @@ def test_files_are_named_that_are_missing_or_too_many():
 @pytest.mark.parametrize("main", [train.main, evaluation.main], ids=["train", "eval"])
 def test_help_names_every_option_with_default_and_meaning(main, capsys):
     assert main(["--help"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    shown = capsys.readouterr().out
+    words = " ".join(shown.split())
     for f in dataclasses.fields(Config):
-        line = next(line for line in lines if line.strip().startswith(f.name + " "))
         default = repr(f.default) if isinstance(f.default, str) else str(f.default)
-        assert f.metadata["meaning"] in line and line.endswith(f"[{default}]"), f.name
-    assert help_text("python train.py").startswith("usage: python train.py")
+        assert words.count(f" {f.name} {f.metadata['meaning']} [{default}]") == 1, f.name
+    titles = [line for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert titles == ["what most runs set:", *(f"{title}:" for title in SECTIONS.values())]
+    assert set(SECTIONS) | set(FIRST) <= {f.name for f in dataclasses.fields(Config)} and len(FIRST) == 12
+    assert max(map(len, shown.splitlines()[1:])) <= 100
+
+
+def test_every_options_bounds_hold_where_it_is_declared():
+    """Just outside each bound is refused, the bound itself is not (but for `above`)."""
+    for f in dataclasses.fields(Config):
+        low, high, above = (f.metadata[key] for key in ("low", "high", "above"))
+        for value, good in ((low, True), (high, True), (above, False)):
+            if value is not None:
+                outside = value - 1 if value != high else value + 1
+                kind = f.type
+                with says(f"'{f.name}'"):
+                    check_value(f, kind(value if not good else outside))
+                if good:
+                    check_value(f, kind(value))
 
 
 def test_every_option_is_a_plain_value_of_its_type():

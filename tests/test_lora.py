@@ -177,7 +177,7 @@ def test_the_benchmark_of_a_finished_run_keeps_base_and_adapter_apart(tiny, tmp_
 
 def test_ppo_with_adapters_raises_a_scripted_users_emotion(tiny):
     """Policy and critic on one frozen random base (value head on the policy: also learns, at 69 of 70)."""
-    config = tiny(critic="trunk", groups=4, slots=16, reply_tokens=12, steps=30, warmup=0, save_every=0, lora_rank=8,
+    config = tiny(critic="trunk", groups=3, slots=16, reply_tokens=12, steps=30, warmup=0, save_every=0, lora_rank=8,
                   lr=1e-2, critic_lr=1e-3)  # fmt: skip
     go(config)
     emotion = [row["emotion/final"] for row in metrics(config)]

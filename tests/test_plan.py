@@ -32,7 +32,7 @@ KINDS = [("qwen2", True, False), ("qwen3", False, False), ("llama", True, True)]
 
 def qwen(size: str, **options) -> Config:
     """One model on one GPU or eight, as the paper's run but without evaluation."""
-    ppo = load_config([str(ROOT / "configs/ppo.py")])
+    ppo = load_config([str(ROOT / "configs/ppo.py"), "user=offline"])
     return dataclasses.replace(ppo, **{"model": f"Qwen/Qwen2.5-{size}-Instruct", "eval_every": 0, **options})
 
 
@@ -258,7 +258,7 @@ def test_known_orders_of_magnitude():
      ("ppo_lora_1gpu", "1x80")],
 )  # fmt: skip
 def test_our_configs_fit_the_machines_they_name(name, machine):
-    text = plan(load_config([str(ROOT / f"configs/{name}.py")]), machine)
+    text = plan(load_config([str(ROOT / f"configs/{name}.py"), "user=offline"]), machine)
     assert text.splitlines()[-2].endswith(": fits"), text
 
 

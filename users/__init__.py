@@ -9,6 +9,8 @@ import dataclasses
 import functools
 from pathlib import Path
 
+import torch
+
 from chat import banned_ids, load_tokenizer, make_chat
 from checkpoint import load_model
 from config import Config
@@ -56,16 +58,14 @@ def make_client(config: Config) -> Endpoint | Local | Record:
 def connect(config: Config) -> Endpoint | Local:
     """The live model behind `make_client`. A run's evaluations share it: threads, connections, weights."""
     if config.user == "llm":
-        return Endpoint(
-            config.user_model, config.user_url, config.user_key_env, config.user_temperature, config.user_tokens,
-            config.user_concurrency, config.user_retries, config.user_try_timeout, config.user_dialogue_timeout,
-            config.user_json,
-        )
+        endpoint = Endpoint(config)
+        endpoint.probe()
+        return endpoint
     chat = make_chat(load_tokenizer(config.user_model), think=False)
     device = pick_device(config)
-    dtype = half_on_gpu(config.precision, device)
+    dtype = torch.bfloat16 if config.user_dtype == "bf16" else half_on_gpu(config.user_dtype, device)
     model = load_model(config.user_model, config.seed, device, lambda model: model.to(dtype))
     banned = banned_ids(chat.tokenizer, model.config.vocab_size, (chat.end,))
-    slots, context = config.user_concurrency, config.user_context
-    engine = Engine(model, banned, (chat.end,), slots, context, config.user_temperature)
+    slots = config.user_concurrency * (1 if config.one_call else 2)  # a slot for each hop of a dialogue
+    engine = Engine(model, banned, (chat.end,), slots, config.user_context, config.user_temperature)
     return Local(engine, chat, config.user_tokens)
