@@ -1,17 +1,19 @@
-"""The Sentient benchmark on a model or checkpoint, and what can be done with dialogue logs afterwards.
+"""The Sentient benchmark on a model or checkpoint, and what can be done with dialogue logs.
 
-    python eval.py run MODEL_OR_RUN [config.py] key=value ...   hold the benchmark's dialogues (out=DIR says where to)
-    python eval.py export CHECKPOINT OUT                        a Hugging Face folder from any checkpoint of a run
-    python eval.py score LOG... [--json]                        score, success, failure, by intention and persona
-    python eval.py verify LOG...                                recompute every emotion and reward from the appraisals
-    python eval.py compare LOG_A LOG_B                          paired bootstrap of the difference
+    python eval.py run MODEL_OR_RUN [config.py] key=value ... [out=DIR]      the benchmark
+    python eval.py export CHECKPOINT OUT        a Hugging Face folder from any checkpoint of a run
+    python eval.py score LOG... [--json]        score, success, failure, by intention and persona
+    python eval.py verify LOG...                recompute every emotion and reward
+    python eval.py compare LOG_A LOG_B          paired bootstrap of the difference
 
-The protocol is SAGE's (arXiv 2505.02847, section 2): emotion starts at 40, the model replies at most 10 times and the
-last reply is not appraised; score = mean final emotion, success = at 100, failure = below 10. Logs are JSON lines in
-SAGE's format, gzipped or not; SAGE's own can be scored and verified too.
+The protocol is SAGE's (arXiv 2505.02847, section 2): emotion starts at 40, the model replies at
+most 10 times and the last reply is not appraised; score = mean final emotion, success = at 100,
+failure = below 10. Logs are JSON lines in SAGE's format, gzipped or not; SAGE's own can be scored
+and verified too.
 """
 
 import dataclasses
+import hashlib
 import json
 import sys
 from collections import Counter
@@ -36,36 +38,40 @@ from config import (
     write_rows,
 )
 from dist import World, half_on_gpu, pick_device
-from model import Transformer
+from model import Transformer, find_folder
 from rollout import MAX_FAILED, Dialogue, Job, Stage, log_line, make_engine, make_talk
+from rundir import check_writable
 from score import by_profile, interval, mismatches, paired_bootstrap, read_log, score_line, score_text, summary
 from simulator import load_profiles
 from update import make_model
 from users import make_user, user_name
 from users.clients import usage_metrics
-from users.llm_user import LLMUser
+from users.llm_user import LLMUser, prompt_folders
 
 EVAL_STREAM = 1 << 32  # stands where a training step's number does, and is never one
+MEGABYTE = 1 << 20
+ENDINGS = (".json", ".safetensors", ".txt")  # of the files that make a model, a checkpoint, or prompts
 
 
 def evaluate(
     config: Config, model: Transformer, tokenizer, world: World, log: Path | None = None, check=None
 ) -> tuple[dict[tuple, dict], tuple]:
-    """Hold `eval_dialogues` benchmark dialogues with each profile under each seed, with the same noise at every call.
+    """Hold `eval_dialogues` dialogues with each profile under each seed; at every call with the same noise.
 
-    Returns log lines by (seed, *key), and the use of a language model as the user (`Usage.drain`); of several ranks
-    each holds its share. With `log` every dialogue is written there as it ends, and those that it holds already are
-    not held again; failed ones are. `check` as in `Stage.hold`.
+    Returns log lines by (seed, *key), and the use of a language model as the user (`Usage.drain`); of
+    several ranks each holds its share. With `log` every dialogue is written there as it ends, and those
+    that it holds already are not held again; failed ones are. `check` as in `Stage.hold`.
     """
     chat, talk = make_chat(tokenizer, config.think), make_talk(config, training=False)
     profiles = load_profiles(config.eval_profiles)
     rows = {(row["seed"], *row["key"]): row for row in held_before(log)}
     mine = range(world.rank, len(profiles), world.size)
     numbers = [(i, j) for i in mine for j in range(config.eval_dialogues)]
-    cooler = dataclasses.replace(config, temperature=config.eval_temperature)
-    engine, spent = make_engine(cooler, model, chat, len(numbers), dtype=world.dtype), (Counter(), [])
-    seeds, total = range(config.eval_seed, config.eval_seed + config.seeds), len(numbers) * talk.max_turns
-    with tqdm(total=total * len(seeds), initial=len(rows) * talk.max_turns, desc="evaluation", unit="reply",
+    own = dataclasses.replace(config, temperature=config.eval_temperature)
+    engine, spent = make_engine(own, model, chat, len(numbers), dtype=world.dtype), (Counter(), [])
+    seeds = range(config.eval_seed, config.eval_seed + config.seeds)
+    total = len(seeds) * len(numbers) * talk.max_turns
+    with tqdm(total=total, initial=len(rows) * talk.max_turns, desc="evaluation", unit="reply",
               leave=False, dynamic_ncols=True, disable=not world.main) as bar:
         for seed in seeds:
 
@@ -74,11 +80,11 @@ def evaluate(
                 if log:
                     add_rows(log, [row])
 
-            openings = {i: row["history"][0]["content"] for (s, i, _), row in rows.items() if s == seed}
-            people = [
-                dataclasses.replace(who, first_talk=openings.get(i, who.first_talk)) for i, who in enumerate(profiles)
-            ]
-            jobs = [Job((i, j), people[i]) for i, j in numbers if (seed, i, j) not in rows]
+            said = {i: row["history"][0]["content"] for (s, i, _), row in rows.items() if s == seed}
+            jobs = [
+                Job((i, j), dataclasses.replace(profiles[i], first_talk=said.get(i, profiles[i].first_talk)))
+                for i, j in numbers if (seed, i, j) not in rows
+            ]  # fmt: skip
             user = make_user(config, config.eval_start_emotion, config.eval_user_mode)
             engine.forget()
             Stage(engine, chat, user, talk).hold(jobs, (seed, EVAL_STREAM), bar.update, keep, check)
@@ -87,15 +93,17 @@ def evaluate(
     return rows, spent
 
 
-def join_evaluation(config: Config, parts: list[tuple[dict[tuple, dict], tuple]]) -> tuple[list[dict], dict]:
-    """What all ranks' `evaluate` returned, as log lines by seed and key, and metrics of the user's use, if any."""
+def join_evaluation(
+    config: Config, parts: list[tuple[dict[tuple, dict], tuple]]
+) -> tuple[list[dict], dict]:
+    """All ranks' `evaluate` as log lines by seed and key, and metrics of the user's use, if any."""
     rows = {key: row for found, _ in parts for key, row in found.items()}
     cost = {} if config.user == "offline" else usage_metrics([spent for _, spent in parts])
     return [rows[key] for key in sorted(rows)], cost
 
 
 def held_before(log: Path | None) -> list[dict]:
-    """The completed dialogues in the log of an interrupted evaluation; all else is dropped from the file."""
+    """The completed dialogues in the log of an interrupted evaluation; the others leave the file."""
     if not log or not log.is_file():
         return []
     kept = [row for row in own_rows(log) if row["status"] == "ok"]
@@ -104,9 +112,9 @@ def held_before(log: Path | None) -> list[dict]:
 
 
 def command_run(argv: list[str]) -> int:
-    """Hold the benchmark with a model folder, a hub name or a run (the newest checkpoint of one that is not finished).
+    """Hold the benchmark with a model folder, a hub name or a run: its model, else its newest checkpoint.
 
-    Writes OUT/dialogues.jsonl, OUT/result.json and OUT/result.txt. An interrupted one goes on where it stopped.
+    Writes dialogues.jsonl, result.json and result.txt. An interrupted one goes on where it stopped.
     """
     if not argv or "=" in argv[0]:
         raise InputError("eval.py run wants a model folder, a hub name or a run directory first")
@@ -115,26 +123,26 @@ def command_run(argv: list[str]) -> int:
     run = Path(source) if (Path(source) / "env.txt").is_file() else None  # a model folder has none
     if run and not any(not arg.count("=") for arg in options):
         saved = dataclasses.asdict(read_saved(run / "config.json"))
-        options = [f"{key}={value}" for key, value in saved.items() if value != getattr(Config(), key)] + options
+        options = [f"{k}={v}" for k, v in saved.items() if v != getattr(Config(), k)] + options
     config = load_config(options)
-    # Of a LoRA run the checkpoint even if it is finished: merged into bf16 weights an adapter would be rounded away.
-    newest = checkpoints(run)[-1:] if run and (config.lora_rank or not (run / "model").is_dir()) else []
+    # Of a LoRA run the checkpoint even if it is finished: merged into bf16 an adapter is rounded away.
+    wanted = run and (config.lora_rank or not (run / "model").is_dir())
+    newest = checkpoints(run)[-1:] if wanted else []
     if run and not newest and not (run / "model").is_dir():
-        raise InputError(f"{run}: has neither {run / 'model'} nor a checkpoint yet; train on, or see save_every")
+        raise InputError(f"{run}: has neither {run / 'model'} nor a checkpoint yet; train on")
     name = str(newest[0] if newest else run / "model" if run else source)
-    final = newest[0].name if newest else "final"
-    folder = Path(out or (run / "eval" / final if run else Path("runs") / f"eval-{Path(source).name}"))
-    settings = describe(config, name)
-    log = begin_evaluation(folder, settings)
-    load_profiles(config.eval_profiles)  # raises before anything is loaded
-    device = pick_device(config)
+    where = run / "eval" / (newest[0].name if newest else "final") if run else Path("runs") / f"eval-{Path(name).name}"
+    folder, device = Path(out or where), pick_device(config)
     world = World(device=device, dtype=half_on_gpu(config.precision, device))
-    if not newest:
-        tokenizer = load_tokenizer(config.tokenizer or name)
-        model = load_model(name, config.seed, device, lambda model: model.to(world.dtype))
+    files = newest[0] if newest else find_folder(name) if not name.endswith(".json") else Path(name)
+    settings = describe(config, f"{name} ({fingerprint(files)})", world)
+    log = begin_evaluation(folder, settings)
+    tokenizer = load_tokenizer(config.tokenizer or (config.model if newest else name))
+    make_user(config, config.eval_start_emotion, config.eval_user_mode)  # raises before weights are loaded
+    if newest:
+        model = restore_policy(config, newest[0], world)
     else:
-        tokenizer, model = load_tokenizer(config.tokenizer or config.model), restore_policy(config, newest[0], world)
-    make_user(config, config.eval_start_emotion, config.eval_user_mode)  # raises before anything is written
+        model = load_model(name, config.seed, device, lambda model: model.to(world.dtype))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
     try:
@@ -146,7 +154,8 @@ def command_run(argv: list[str]) -> int:
     failed = [row for row in rows if row["status"] != "ok"]
     if len(failed) > MAX_FAILED * len(rows):
         why = f"{len(failed)} of {len(rows)} users failed; the first: {failed[0]['why']}"
-        print(f"no result: {why}. The same command asks these again, the others are in {log}", file=sys.stderr)
+        again = f"The same command asks these again, the others are in {log}"
+        print(f"no result: {why}. {again}", file=sys.stderr)
         return 1
     write_evaluation(folder, config, settings, rows, cost)
     print((folder / "result.txt").read_text(), end="")
@@ -154,42 +163,45 @@ def command_run(argv: list[str]) -> int:
 
 
 def restore_policy(config: Config, checkpoint: Path, world: World) -> Transformer:
-    """The policy of a checkpoint on this process's device, with its adapter beside it if the run had one."""
+    """The policy of a checkpoint on this process's device, its adapter beside it if it has one."""
     model = make_model(config, world)
     load_checkpoint(checkpoint, {"policy": model})
     return model.to(world.dtype)
 
 
 def command_export(argv: list[str]) -> int:
-    """Write a checkpoint's policy as a Hugging Face folder; of a LoRA run merged, and the adapter in OUT/adapter."""
+    """A checkpoint's policy as a Hugging Face folder; of a LoRA run merged, the adapter in OUT/adapter."""
     if len(argv) != 2:
-        raise InputError("eval.py export wants a checkpoint folder, RUN/ckpt/step_N, and the folder to write")
+        raise InputError("eval.py export wants a checkpoint, RUN/ckpt/step_N, and the folder to write")
     checkpoint, out = (Path(arg) for arg in argv)
     check_files(checkpoint)
     config = read_saved(checkpoint.resolve().parent.parent / "config.json")
     if out.exists():
         raise InputError(f"{out}: exists already; give another folder or remove it")
-    model, tokenizer = restore_policy(config, checkpoint, World()), load_tokenizer(config.tokenizer or config.model)
+    tokenizer = load_tokenizer(config.tokenizer or config.model)
+    model = restore_policy(config, checkpoint, World())
     # An adapter's changes are smaller than the spacing of bf16 numbers: merged ones stay in fp32.
-    dtype = torch.float32 if config.lora_rank else getattr(torch, read_json(checkpoint / "state.json")["dtype"])
-    save_model(model, tokenizer, out, dtype=dtype)
+    kind = "float32" if config.lora_rank else read_json(checkpoint / "state.json")["dtype"]
+    save_model(model, tokenizer, out, dtype=getattr(torch, kind))
     if config.lora_rank:
         save_adapter(model, config, out / "adapter")
-    print(f"{checkpoint} as a Hugging Face folder in {dtype}: {out}")
+    print(f"{checkpoint} as a Hugging Face folder in {kind}: {out}")
     return 0
 
 
 def begin_evaluation(folder: Path, settings: dict) -> Path:
-    """Where dialogues are kept until the evaluation is done. Raises InputError if the folder holds anything else."""
+    """Where dialogues are kept until the evaluation is done.
+
+    Raises InputError if the folder holds anything else, or was begun with other settings.
+    """
     log = folder / "dialogues.partial.jsonl"
+    check_writable(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if (folder / "result.json").exists() or not (folder / "settings.json").is_file():
-            what = "holds an evaluation already" if (folder / "result.json").exists() else "is not an empty folder"
+        done = (folder / "result.json").exists()
+        if done or not (folder / "settings.json").is_file():
+            what = "holds an evaluation already" if done else "is not an empty folder"
             raise InputError(f"{folder}: {what}; give another out=DIR or remove it")
-        try:
-            before = json.loads((folder / "settings.json").read_text())
-        except ValueError:  # a kill while it was written: nothing had been held yet
-            raise InputError(f"{folder}/settings.json: not JSON; give another out=DIR or remove the folder") from None
+        before = read_json(folder / "settings.json")
         for key in settings:
             if before.get(key) != settings[key]:
                 was = f"{key} {before.get(key)}"
@@ -197,36 +209,66 @@ def begin_evaluation(folder: Path, settings: dict) -> Path:
     return log
 
 
-def describe(config: Config, model: str) -> dict:
-    """What a result depends on."""
+def fingerprint(*paths: Path) -> str:
+    """8 hex digits of files' contents, and of a folder's JSON and weights; of large files both ends."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for file in sorted(f for f in path.glob("*") if f.suffix in ENDINGS) if path.is_dir() else [path]:
+            with open(file, "rb") as data:
+                size = data.seek(0, 2)
+                for begin in {0, max(0, size - MEGABYTE)}:
+                    data.seek(begin)
+                    digest.update(data.read(MEGABYTE))
+            digest.update(f"{file.name} {size}".encode())
+    return digest.hexdigest()[:8]
+
+
+def describe(config: Config, model: str, world: World) -> dict:
+    """What a result depends on. Files are named with their contents, since a path may come to hold others."""
+    people, systems = Path(config.eval_profiles), make_talk(config, training=False).systems
+    words = hashlib.sha256(json.dumps(systems).encode()).hexdigest()[:8]
+    user = user_name(config, config.eval_user_mode)
+    if config.user != "offline":
+        folders = [Path(config.prompts)] if config.prompts else prompt_folders(config.eval_user_mode).values()
+        where = config.user_url or config.user_dtype
+        user += f", prompts {fingerprint(*folders)}, at most {config.user_tokens} tokens, {where}"
     return {
         "model": model,
-        "user": user_name(config, config.eval_user_mode),
-        "profiles": config.eval_profiles,
+        "precision": str(world.dtype).removeprefix("torch."),
+        "user": user,
+        "profiles": f"{people} ({fingerprint(people)})",
         "dialogues_per_profile": config.eval_dialogues,
         "max_turns": config.eval_max_turns,
         "reply_tokens": config.reply_tokens,
+        "context_tokens": config.context_tokens,
         "temperature": config.eval_temperature,
         "start_emotion": config.eval_start_emotion,
         "seeds": list(range(config.eval_seed, config.eval_seed + config.seeds)),
         "think": config.think,
-        "system": config.system or "our prompts",
+        "system": f"{config.system or 'our prompts'} ({words})",
     }
 
 
-def write_evaluation(folder: Path, config: Config, settings: dict, rows: list[dict], cost: dict) -> dict:
-    """dialogues.jsonl, result.txt and result.json in a folder; returns the summary. The result names the settings."""
+def write_evaluation(
+    folder: Path, config: Config, settings: dict, rows: list[dict], cost: dict
+) -> dict:
+    """dialogues.jsonl, result.txt and result.json, which name the settings; returns the summary."""
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / "dialogues.jsonl", rows)
     text = "\n".join(f"{key}: {value}" for key, value in (settings | cost).items())
     numbered = [{**row, "line": i} for i, row in enumerate(rows, 1)]
-    (folder / "result.txt").write_text(f"{text}\n\n{score_text(str(folder / 'dialogues.jsonl'), numbered)}\n")
+    table = score_text(str(folder / "dialogues.jsonl"), numbered)
+    (folder / "result.txt").write_text(f"{text}\n\n{table}\n")
     save_config(config, folder / "config.json")
     result = summary(rows)
-    spread = interval(rows) if result["n"] else None
     by_seed = {seed: summary([row for row in rows if row["seed"] == seed]) for seed in settings["seeds"]}
-    seeds = [{"seed": seed, **without_nan(found)} for seed, found in by_seed.items()]
-    whole = {**without_nan(result), "interval": spread, "seeds": seeds, "settings": settings, "cost": cost}
+    whole = {
+        **without_nan(result),
+        "interval": interval(rows) if result["n"] else None,
+        "seeds": [{"seed": seed, **without_nan(found)} for seed, found in by_seed.items()],
+        "settings": settings,
+        "cost": cost,
+    }
     (folder / "result.json").write_text(json.dumps(whole, indent=1) + "\n")
     (folder / "dialogues.partial.jsonl").unlink(missing_ok=True)
     return result

@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import IO
 
@@ -34,6 +35,7 @@ def open_run(config: Config) -> Path:
     run = Path(config.run)
     if run.exists() and not run.is_dir():
         raise InputError(f"{run}: is not a folder; give another run=DIR")
+    check_writable(run)
     if (run / "config.json").is_file():
         if config.resume == "none":
             raise InputError(f"{run}: exists already; give another run=DIR, or resume=auto to go on with it")
@@ -46,6 +48,18 @@ def open_run(config: Config) -> Path:
     elif run.exists() and any(path.name not in ("eval", LOCK) for path in run.iterdir()):
         raise InputError(f"{run}: is not empty and not a run; give another run=DIR")
     return run
+
+
+def check_writable(folder: Path) -> None:
+    """Raise InputError where a folder could not be made, or written to; nothing is left of the trial."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if there.is_dir():
+        try:
+            with tempfile.TemporaryFile(dir=there):
+                pass
+        except OSError as error:
+            why = error.strerror
+            raise InputError(f"{folder}: cannot be written ({why}); give another folder") from None
 
 
 def lock_run(run: Path) -> IO:

@@ -41,12 +41,16 @@ def completed(rows: list[dict]) -> list[dict]:
 
 
 def summary(rows: list[dict]) -> dict:
-    """n (completed dialogues), failed, score (mean final emotion), success and failure (counts)."""
+    """n (completed dialogues), failed, score, success and failure (counts).
+
+    The score is the mean final emotion over people, each the mean of their dialogues, as is its interval.
+    """
     points = [row["emo_point"] for row in completed(rows)]
+    people = [np.mean(found) for found in by_profile(rows).values()]
     return {
         "n": len(points),
         "failed": len(rows) - len(points),
-        "score": float(np.mean(points)) if points else math.nan,
+        "score": float(np.mean(people)) if people else math.nan,
         "success": sum(point >= 100 for point in points),
         "failure": sum(point < 10 for point in points),
     }

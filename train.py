@@ -262,7 +262,7 @@ def evaluate_step(run: Run, state: State, tokenizer) -> None:
         run.say(f"ALARM evaluation {step}: {error}; it has no score")
     elif world.main:
         dialogues, cost = join_evaluation(config, parts)
-        about = describe(config, f"{run.folder} step {step}")
+        about = describe(config, f"{run.folder} step {step}", world)
         result = write_evaluation(run.folder / "eval" / f"step_{step}", config, about, dialogues, cost)
         scores = {f"eval/{key}": result[key] for key in ("score", "success", "failure")}
         write_rows(path, [*rows[:-1], row | scores])

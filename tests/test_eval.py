@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from conftest import ROOT, ScriptedUser, make_profile, tiny_raw
 
+import config as config_module
 import eval as evaluation
 import train
 from chat import Reply
 from config import Config, InputError
 from eval import main
 from rollout import Dialogue, Turn, log_line
-from score import by_profile, mismatches, paired_bootstrap, read_log, summary
+from score import by_profile, interval, mismatches, paired_bootstrap, read_log, summary
 from simulator import Appraisal, EmotionRules, Failed, UserTurn
 
 LOG = Path(__file__).parent / "every_ending.jsonl"
@@ -292,9 +293,11 @@ def test_run_writes_dialogues_and_the_result_with_its_settings(bench, capsys):
     rows, result = read_log("first/dialogues.jsonl"), json.loads(Path("first/result.json").read_text())
     assert [row["key"] for row in rows] == [[0, 0], [0, 1], [1, 0], [1, 1]]
     assert {key: result[key] for key in ("n", "failed", "score", "success", "failure")} == summary(rows)
-    expected = dict(model="shape.json", profiles="two.jsonl", dialogues_per_profile=2, max_turns=10, reply_tokens=12)
+    expected = dict(context_tokens=8192, precision="float32", dialogues_per_profile=2, max_turns=10, reply_tokens=12)
     expected |= dict(temperature=1.0, start_emotion=40.0, think=False, seeds=[5])
-    assert expected.items() <= result["settings"].items() and "offline" in result["settings"]["user"]
+    settings = result["settings"]
+    assert {key: settings[key] for key in expected} == expected and "offline" in settings["user"]
+    assert settings["model"].startswith("shape.json (") and settings["profiles"].startswith("two.jsonl (")
     assert capsys.readouterr().out.rstrip().endswith(Path("first/result.txt").read_text().rstrip())
     assert main(["verify", "first/dialogues.jsonl"]) == 0
 
@@ -400,6 +403,67 @@ def test_a_benchmark_that_goes_on_keeps_the_opening_that_its_user_made(bench, mo
     assert openings == ["Opening 1.", "Opening 1.", "Opening 2.", "Opening 2."]
 
 
+@pytest.mark.parametrize("what, change, option", [
+    ("context_tokens", None, "context_tokens=4000"), ("reply_tokens", None, "reply_tokens=13"),
+    ("profiles", lambda: edit("two.jsonl", "a", "e"), ""), ("system", lambda: edit("system.txt", "kind", "cold"), ""),
+    ("model", lambda: edit("shape.json", "10000.0", "20000.0"), ""), ("user", None, "eval_user_mode=challenging"),
+    ("user", lambda: edit("prompts/reply.txt", "Speak", "Talk"), ""), ("user", None, "user_url=http://127.0.0.1:2/v1"),
+], ids=str)  # fmt: skip
+def test_an_interrupted_benchmark_is_not_blended_with_another(bench, monkeypatch, what, change, option):
+    """Whatever a result depends on, behind an unchanged path too."""
+    command = [*bench, "slots=1", "eval_max_turns=2", "out=first"]
+    if what == "user" and not option.startswith("eval"):
+        shutil.copytree(ROOT / "prompts/en/vanilla", "prompts")
+        command += ["user=llm", "user_url=http://127.0.0.1:1/v1", "user_model=m", "prompts=prompts"]
+
+    def stop(key, turn, reply):
+        if key == (0, 1):
+            raise KeyboardInterrupt
+        return 1.0
+
+    monkeypatch.setattr(evaluation, "make_user", lambda config, start, mode: ScriptedUser(stop))
+    assert main(command) == 130
+    if change:
+        change()
+    with pytest.raises(InputError, match=f"first: was begun with {what} .*, not .*; give another out=DIR"):
+        main([*command, option] if option else command)
+    assert len(read_log("first/dialogues.partial.jsonl")) == 1, "what was held is still there"
+
+
+def edit(path, old, new):
+    Path(path).write_text(Path(path).read_text().replace(old, new))
+
+
+def test_a_kill_while_a_benchmark_goes_on_loses_no_dialogue(bench, monkeypatch):
+    """The log is written aside before it replaces the old one."""
+
+    def stop(key, turn, reply):
+        if key == (1, 0):
+            raise KeyboardInterrupt
+        return Failed("gone") if key == (0, 1) else 1.0
+
+    command = [*bench, "slots=1", "eval_max_turns=2", "out=first"]
+    monkeypatch.setattr(evaluation, "make_user", lambda config, start, mode: ScriptedUser(stop))
+    assert main(command) == 130
+    before = Path("first/dialogues.partial.jsonl").read_bytes()
+
+    def killed(*_):
+        raise SystemExit("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(config_module, "sync", killed)
+        main(command)
+    assert Path("first/dialogues.partial.jsonl").read_bytes() == before and before.count(b"\n") == 2
+
+
+def test_score_and_interval_give_every_person_the_same_weight(tmp_path):
+    """One person's three dialogues end at 0, another's one at 60: the score is 30, and lies in its interval."""
+    rows = [{"id": "a", "status": "ok", "emo_point": 0.0}] * 3 + [{"id": "b", "status": "ok", "emo_point": 60.0}]
+    assert summary(rows)["score"] == 30 and summary(rows)["n"] == 4
+    assert interval(rows) == (0.0, 60.0)
+    assert paired_bootstrap(by_profile(rows), by_profile(rows))[0] == 0
+
+
 def test_repeats_have_a_seed_each_and_a_row_each(bench):
     main([*bench, "out=three", "seeds=3", "eval_seed=7"])
     main([*bench, "out=one", "eval_seed=8"])
@@ -448,7 +512,7 @@ def test_the_table_by_turn(capsys):
 def test_an_evaluation_that_was_cut_off_while_it_began_is_named(bench):
     Path("first").mkdir()
     Path("first/settings.json").write_text('{"model": "sha')
-    with pytest.raises(InputError, match="first/settings.json: not JSON; give another"):
+    with pytest.raises(InputError, match="first/settings.json: not JSON"):
         main([*bench, "out=first"])
 
 
@@ -462,7 +526,7 @@ def test_a_run_is_evaluated_with_its_own_settings(bench, capsys):
     assert main(["run", "mine"]) == 0
     assert main(["run", "mine", "eval_dialogues=1", "out=again"]) == 0
     result, again = (json.loads(Path(out, "result.json").read_text()) for out in ("mine/eval/final", "again"))
-    assert result["settings"]["model"] == "mine/model" and result["settings"]["reply_tokens"] == 12
+    assert result["settings"]["model"].startswith("mine/model (") and result["settings"]["reply_tokens"] == 12
     assert (result["n"], again["n"]) == (4, 2)
 
 

@@ -19,6 +19,7 @@ from json_repair import repair_json
 from config import InputError
 from simulator import (
     INTENTIONS,
+    LANGUAGES,
     PERSONA_TYPES,
     Appraisal,
     EmotionRules,
@@ -58,6 +59,11 @@ class Prompt(NamedTuple):
     system: str
     user: str
     fields: tuple[str, ...]
+
+
+def prompt_folders(mode: str) -> dict[str, Path]:
+    """Our folders of prompts by language: prompts/LANGUAGE/MODE."""
+    return {lang: Path(__file__).parent.parent / "prompts" / lang / mode for lang in LANGUAGES}
 
 
 def load_prompts(folder: Path) -> dict[str, Prompt]:
@@ -258,8 +264,7 @@ class LLMUser:
     def __init__(self, client, rules: EmotionRules, mode: str = "vanilla", prompts: str = "",
                  one_call: bool = False, retries: int = 5):
         self.client, self.rules, self.one_call, self.retries = client, rules, one_call, retries
-        ours = Path(__file__).parent.parent / "prompts"
-        folders = {lang: Path(prompts) if prompts else ours / lang / mode for lang in self.SPEAKERS}
+        folders = {lang: Path(prompts) for lang in LANGUAGES} if prompts else prompt_folders(mode)
         self.prompts = {lang: load_prompts(folder) for lang, folder in folders.items()}
         self.sessions: dict[Key, Session] = {}
         self.started: set[Key] = set()  # in this rollout
