@@ -45,8 +45,7 @@ from score import by_profile, interval, mismatches, paired_bootstrap, read_log, 
 from simulator import load_profiles
 from update import make_model
 from users import make_user, user_name
-from users.clients import usage_metrics
-from users.llm_user import LLMUser, prompt_folders
+from users.llm_user import LLMUser, prompt_folders, usage_metrics
 
 EVAL_STREAM = 1 << 32  # stands where a training step's number does, and is never one
 MEGABYTE = 1 << 20
@@ -58,7 +57,7 @@ def evaluate(
 ) -> tuple[dict[tuple, dict], tuple]:
     """Hold `eval_dialogues` dialogues with each profile under each seed; at every call with the same noise.
 
-    Returns log lines by (seed, *key), and the use of a language model as the user (`Usage.drain`); of
+    Returns log lines by (seed, *key), and the use of a language model as the user (`LLMUser.drain`); of
     several ranks each holds its share. With `log` every dialogue is written there as it ends, and those
     that it holds already are not held again; failed ones are. `check` as in `Stage.hold`.
     """
@@ -89,7 +88,7 @@ def evaluate(
             engine.forget()
             Stage(engine, chat, user, talk).hold(jobs, (seed, EVAL_STREAM), bar.update, keep, check)
         if isinstance(user, LLMUser):
-            spent = user.client.usage.drain()
+            spent = user.drain()
     return rows, spent
 
 
@@ -229,7 +228,7 @@ def describe(config: Config, model: str, world: World) -> dict:
     words = hashlib.sha256(json.dumps(systems).encode()).hexdigest()[:8]
     user = user_name(config, config.eval_user_mode)
     if config.user != "offline":
-        folders = [Path(config.prompts)] if config.prompts else prompt_folders(config.eval_user_mode).values()
+        folders = prompt_folders(config.eval_user_mode, config.prompts).values()
         where = config.user_url or config.user_dtype
         user += f", prompts {fingerprint(*folders)}, at most {config.user_tokens} tokens, {where}"
     return {

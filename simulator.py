@@ -50,6 +50,16 @@ class Profile:
     topic: str = ""
     traits: tuple[str, ...] = ()
 
+    @property
+    def intention_label(self) -> str:
+        """The hidden intention in the person's language."""
+        return INTENTIONS[self.intention][self.language == "en"]
+
+    @property
+    def type_label(self) -> str:
+        """The persona type in the person's language."""
+        return PERSONA_TYPES[self.persona_type][self.language == "en"]
+
 
 @dataclass(frozen=True)
 class EmotionRules:

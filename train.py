@@ -54,8 +54,7 @@ from rundir import best_step, lock_run, log_step, open_run, prepare_run, write_s
 from simulator import Profile, User, hash_key, load_profiles
 from update import State, build, update
 from users import make_user
-from users.clients import usage_metrics
-from users.llm_user import LLMUser
+from users.llm_user import LLMUser, usage_metrics
 
 ORDER_STREAM = 2  # keeps the order of profiles apart from other uses of the seed
 MAX_SKIPPED = 5  # non-finite steps in a row before a run gives up
@@ -369,7 +368,7 @@ def learn_steps(run: Run, state: State, stage: Stage, profiles: list[Profile], s
                 dialogues, metrics = roll_out(run, state, stage, profiles)
                 rolled = time.perf_counter()
                 if isinstance(stage.user, LLMUser):
-                    metrics |= usage_metrics(world.gather(stage.user.client.usage.drain()))
+                    metrics |= usage_metrics(world.gather(stage.user.drain()))
                 metrics |= update(state, config, dialogues, stage.engine.banned, world)
                 for name in (*LEARNT, *LEARNT_BY[config.algorithm], "rollout/sampler_gap"):
                     metrics.setdefault(name, math.nan)  # every line has every key, though nothing was learnt

@@ -17,7 +17,7 @@ from chat import load_tokenizer  # noqa: E402
 from config import load_config  # noqa: E402
 from score import read_log  # noqa: E402
 from simulator import INTENTIONS, PERSONA_TYPES, EmotionRules, Failed, Profile, canonical, cjk_share  # noqa: E402
-from users.clients import Answer, Usage  # noqa: E402
+from users.clients import Answer  # noqa: E402
 from users.llm_user import LLMUser  # noqa: E402
 
 
@@ -25,7 +25,7 @@ class Script:
     """A client that answers each call with what the log holds for its dialogue, turn and hop, and counts tokens."""
 
     def __init__(self, rows: list[dict], count):
-        self.rows, self.count, self.usage, self.waiting = rows, count, Usage(), []
+        self.rows, self.count, self.waiting = rows, count, []
         self.tokens = defaultdict(lambda: [0, 0, 0, 0])  # hop -> calls, constant, changing and answered tokens
 
     def begin(self) -> None:

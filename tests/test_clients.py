@@ -24,8 +24,8 @@ from config import Config, InputError, load_config
 from rollout import USER_STREAM, log_line
 from scripts.plan import ROOT
 from simulator import EmotionRules, hash_key
-from users.clients import Answer, Call, Endpoint, Record, Usage, usage_metrics
-from users.llm_user import LLMUser
+from users.clients import Answer, Call, Endpoint, Record
+from users.llm_user import LLMUser, usage_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,13 +66,21 @@ def test_a_passing_fault_is_tried_again_and_answered(fault):
     with serve(fault) as server:
         client = endpoint(server)
         begun = time.monotonic()
-        assert ask(client, call()) == [Answer(ideal('"change"', "member 0"))]
+        (answer,) = ask(client, call())
+        assert answer.text == ideal('"change"', "member 0") and not answer.failed and not answer.cut
         assert time.monotonic() - begun < 3 and len(server.requests) == 2
-        usage = usage_metrics([client.usage.drain()])
-        assert (usage["simulator/llm_calls"], usage["simulator/retries"]) == (2, 1)
-        assert (usage["simulator/tokens_in"], usage["simulator/tokens_out"]) == (100, 10)
-        assert usage["simulator/latency_p95"] > 0
-        assert not any(usage_metrics([client.usage.drain()]).values())
+        assert (answer.retries, answer.tokens_in, answer.tokens_out) == (1, 100, 10) and answer.seconds > 0
+
+
+def test_what_the_calls_of_a_rollout_cost_is_counted_and_handed_over_once(chat, folder):
+    with serve("500", "blank") as server:
+        dialogues, user = hold(chat, endpoint(server), folder, make_jobs(1, 1), turns=1, and_user=True)
+        assert dialogues[0].completed and len(server.requests) == 4
+        usage = usage_metrics([user.drain(), user.drain()])
+        assert usage.pop("simulator/latency_p95") > 0 and usage.pop("simulator/latency_p50") > 0
+        counts = dict(llm_calls=4, retries=1, parse_failures=1, clamped=0, tokens_in=300, tokens_out=30)
+        assert usage == {f"simulator/{name}": count for name, count in counts.items()}
+        assert not any(usage_metrics([user.drain()]).values())
 
 
 @pytest.mark.parametrize("fault", ["blank", "not json", "html", "no message", "trickle"])
@@ -80,11 +88,11 @@ def test_an_answer_that_is_none_is_empty_in_time_and_the_user_asks_again(fault, 
     with serve(fault) as server:
         client = endpoint(server)
         begun = time.monotonic()
-        assert ask(client, call()) == [Answer()] and time.monotonic() - begun < 2, "whatever trickles in"
+        assert not ask(client, call())[0].text and time.monotonic() - begun < 2, "whatever trickles in"
         assert len(server.requests) == 1
     with serve(fault) as server:
-        (dialogue,) = hold(chat, client := endpoint(server), folder, make_jobs(1, 1), turns=1)
-        assert dialogue.completed and usage_metrics([client.usage.drain()])["simulator/parse_failures"] == 1
+        (dialogue,), user = hold(chat, endpoint(server), folder, make_jobs(1, 1), turns=1, and_user=True)
+        assert dialogue.completed and usage_metrics([user.drain()])["simulator/parse_failures"] == 1
 
 
 def test_a_server_that_hangs_for_ever_fails_the_call_in_bounded_time():
@@ -148,7 +156,6 @@ def test_the_probe_asks_once_and_leaves_no_trace():
         client = endpoint(server)
         client.probe()
         assert len(server.requests) == 1 and server.requests[0]["max_tokens"] == 1 and client.json_mode
-        assert not any(usage_metrics([client.usage.drain()]).values())
 
 
 def test_a_server_that_refuses_json_mode_is_not_asked_for_it_again():
@@ -167,7 +174,8 @@ def test_a_server_that_is_busy_or_still_loading_is_one(fault):
 
 
 @pytest.mark.parametrize("fault, words", [
-    ("401", "401; look at the key"), ("404", "404; is user_model=m there"), ("400", "400; look at user_model"),
+    ("401", "401; look at the key"), ("404", "404; look at user_model and the path"),
+    ("400", "400; look at user_model"),
     ("html", "no OpenAI-compatible server"), ("drop", "nobody answers"), ("hang", "nobody answers"),
 ])  # fmt: skip
 def test_a_run_whose_endpoint_is_of_no_use_ends_before_anything_is_loaded(tiny, folder, monkeypatch, fault, words):
@@ -182,7 +190,7 @@ def test_a_run_whose_endpoint_is_of_no_use_ends_before_anything_is_loaded(tiny, 
 
 @pytest.mark.parametrize("url, words", [
     ("notaurl", "no http address"), ("ftp://host/v1", "no http address"), ("http://", "no http address"),
-    ("http://me:secret@host/v1", "user_key_env"), ("https://host/v1?api_key=secret", "user_key_env"),
+    ("http://me:hush-hush@host/v1", "user_key_env"), ("https://host/v1?api_key=hush-hush", "user_key_env"),
     ("http://127.0.0.1:9/v1", "nobody answers"),
 ])  # fmt: skip
 def test_an_address_that_is_none_and_a_closed_port_are_a_line_within_seconds(tiny, folder, url, words):
@@ -191,7 +199,7 @@ def test_an_address_that_is_none_and_a_closed_port_are_a_line_within_seconds(tin
     with pytest.raises(InputError, match=words) as error:
         train.train(config)
     assert time.monotonic() - begun < 3 and not Path(config.run).exists()
-    assert "secret" not in str(error.value) and "\n" not in str(error.value)
+    assert "hush" not in str(error.value) and "\n" not in str(error.value)
 
 
 # --- the user
@@ -201,7 +209,7 @@ class Patient:
     """A client without a network that answers after a random number of polls, now and then only when nothing runs."""
 
     def __init__(self, seed=0):
-        self.random, self.waiting, self.usage, self.calls = random.Random(seed), [], Usage(), []
+        self.random, self.waiting, self.calls = random.Random(seed), [], []
 
     def begin(self):
         self.waiting = []
@@ -216,11 +224,12 @@ class Patient:
         return [(call, Answer(ideal(call.system, call.user))) for call in ready]
 
 
-def hold(chat, client, folder="", jobs=None, slots=4, turns=3, **changes):
-    """Dialogues of the tiny policy with an LLMUser."""
+def hold(chat, client, folder="", jobs=None, slots=4, turns=3, and_user=False, **changes):
+    """Dialogues of the tiny policy with an LLMUser, and the user if it is asked for."""
     user = LLMUser(client, EmotionRules(), prompts=str(folder), **changes)
     engine, talk = make_engine(chat, slots=slots, capacity=1024), make_talk(max_turns=turns)
-    return run_dialogues(jobs or make_jobs(2, 2), engine, chat, user, talk, (7, 0))
+    dialogues = run_dialogues(jobs or make_jobs(2, 2), engine, chat, user, talk, (7, 0))
+    return (dialogues, user) if and_user else dialogues
 
 
 def logged(dialogues):
@@ -297,18 +306,18 @@ def test_what_cannot_be_read_is_asked_again_under_another_seed_then_the_dialogue
 
     with serve(say=say) as server:
         client = endpoint(server)
-        dialogues = hold(chat, client, folder, turns=1, retries=2)
+        dialogues, user = hold(chat, client, folder, turns=1, retries=2, and_user=True)
         seeds = [sent["seed"] for sent in server.requests if "User01" in sent["messages"][0]["content"]]
         assert seeds == [(dialogues[1].seed + attempt) % (1 << 31) for attempt in range(3)]
         assert [dialogue.ended for dialogue in dialogues] == ["max_turns", "failed", "max_turns", "max_turns"]
         assert "dialogue 0.1, turn 1, appraisal" in dialogues[1].why and not dialogues[1].completed
-        assert usage_metrics([client.usage.drain()])["simulator/parse_failures"] == 3
+        assert usage_metrics([user.drain()])["simulator/parse_failures"] == 3
     with serve("prose", "250", "30") as server:
         client, jobs = endpoint(server), make_jobs(1, 1)
-        (dialogue,) = hold(chat, client, folder, jobs, turns=1, retries=2)
+        (dialogue,), user = hold(chat, client, folder, jobs, turns=1, retries=2, and_user=True)
         said = dialogue.turns[0].user
         assert (said.appraisal.change, said.change, dialogue.emotion) == (30, 10, 40)
-        usage = usage_metrics([client.usage.drain()])
+        usage = usage_metrics([user.drain()])
         assert (usage["simulator/clamped"], usage["simulator/parse_failures"]) == (1, 2)
         assert evaluation.mismatches(log_line(dialogue), "") == []
 
@@ -462,11 +471,12 @@ def test_a_local_user_completes_a_rollout_and_answers_the_same_in_any_batch(tiny
     if speaks:
         said, poll = Answer('{"change": 4, "response": "Hm."}'), client.poll
         monkeypatch.setattr(client, "poll", lambda timeout: [(one, said) for one, _ in poll(timeout)])
-    client.usage.drain()
-    ended = [dialogue.ended for dialogue in hold(chat, client, folder, retries=1, turns=2)]
+    dialogues, user = hold(chat, client, folder, retries=1, turns=2, and_user=True)
+    ended = [dialogue.ended for dialogue in dialogues]
     assert ended == ["max_turns" if speaks else "failed"] * 4
-    usage = usage_metrics([client.usage.drain()])
-    assert usage["simulator/llm_calls"] == (16 if speaks else 8) and usage["simulator/tokens_out"] > 0
+    usage = usage_metrics([user.drain()])
+    assert usage["simulator/llm_calls"] == (16 if speaks else 8)
+    assert speaks or usage["simulator/tokens_out"] > 0
 
 
 def test_what_the_prompts_of_a_hop_have_in_common_is_prefilled_once(tiny, folder):

@@ -12,7 +12,7 @@ from server import PROMPT, prompts_folder  # noqa: F401
 
 from config import InputError
 from simulator import EmotionRules, UserTurn
-from users.clients import Answer, Usage
+from users.clients import Answer
 from users.llm_user import (
     APPRAISAL,
     FIXED,
@@ -209,7 +209,7 @@ def test_no_forged_reply_moves_the_number_or_the_persons_words(language, labels,
             queue.clear()
             return answers
 
-        client = SimpleNamespace(begin=queue.clear, submit=queue.append, poll=poll, usage=Usage())
+        client = SimpleNamespace(begin=queue.clear, submit=queue.append, poll=poll)
         user = LLMUser(client, EmotionRules(start=50.0), one_call=one_call, retries=1)
         user.start((0, 0), make_profile("A", language=language), 7)
         user.poll(0.0)

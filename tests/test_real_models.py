@@ -24,8 +24,8 @@ from config import Config
 from rollout import log_line
 from score import mismatches, read_log
 from simulator import EmotionRules
-from users.clients import Answer, Endpoint, Local, usage_metrics
-from users.llm_user import LLMUser
+from users.clients import Answer, Endpoint, Local
+from users.llm_user import HOPS, LLMUser, usage_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 START = 120  # seconds that the server may take to load the model
@@ -61,12 +61,15 @@ def transformers_serve(smollm2, tmp_path):
 def test_a_real_server_is_talked_to_whether_or_not_its_model_can_be_understood(
     transformers_serve, smollm2, chat, folder
 ):
-    client = Endpoint(str(smollm2), transformers_serve, "", temperature=0.7, tokens=24, concurrency=2, retries=1,
-                      try_timeout=120, dialogue_timeout=400)  # fmt: skip
+    client = Endpoint(Config(
+        user="llm", user_model=str(smollm2), user_url=transformers_serve, user_temperature=0.7, user_tokens=24,
+        user_concurrency=2, user_retries=1, user_timeout=120.0,
+    ))  # fmt: skip
+    client.probe()
     user = LLMUser(client, EmotionRules(), prompts=str(folder), one_call=True, retries=1)
     talk = make_talk(max_turns=1, reply_tokens=8)
     dialogues = run_dialogues(make_jobs(1, 2), make_engine(chat, slots=2, capacity=1024), chat, user, talk, (7, 0))
-    usage = usage_metrics([client.usage.drain()])
+    usage = usage_metrics([user.drain()])
     assert 2 <= usage["simulator/llm_calls"] <= 10 and usage["simulator/latency_p50"] > 0
     assert usage["simulator/tokens_in"] > 100 and usage["simulator/tokens_out"] > 0, "the server counts tokens"
     for dialogue in dialogues:
@@ -85,8 +88,9 @@ def test_smollm2_learns_two_steps_of_grpo_from_smollm2(smollm2, folder, tmp_path
     def framed(client, timeout):
         answers = poll(client, timeout)
         heard.extend((client, call, answer.text) for call, answer in answers)
-        frame = lambda text: json.dumps({"change": len(text) % 9 - 4, "response": text or "..."})  # noqa: E731
-        return [(call, Answer(frame(answer.text))) for call, answer in answers]
+        others = dict.fromkeys(HOPS["both"], "so")
+        frame = lambda text: json.dumps({**others, "change": len(text) % 9 - 4, "response": text or "..."})  # noqa: E731
+        return [(call, Answer(frame(answer.text), tokens_out=answer.tokens_out)) for call, answer in answers]
 
     monkeypatch.setattr(Local, "poll", framed)
     monkeypatch.setattr(users, "connect", users.connect.__wrapped__)

@@ -2,11 +2,8 @@
 
 A client takes a `Call` and gives its answer later: `submit` never blocks and `poll` collects what has
 come, so that the policy's engine goes on while users think. Whether an answer makes sense is judged by
-who asked (llm_user.py). `Record` stands between the two and writes every answer down, or plays a written
-one back without a network. Retries, backoff, Retry-After and time limits are the `openai` client's.
-
-Secrets: the key comes from the environment, and no error that leaves this file quotes a header, a key or
-what a server said.
+who asked. `Record` stands between the two and writes every answer down, or plays a written one back.
+The key comes from the environment; no error that leaves this file quotes a key, or what a server said.
 """
 
 import collections
@@ -17,21 +14,20 @@ import os
 import queue
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from urllib.parse import urlsplit
 
 from config import Config, InputError, add_rows, own_rows, read_rows, write_rows
 
 REFUSED = (400, 401, 402, 403, 404, 422)  # the same request would be refused again
-NO_ANSWER = (ValueError, KeyError, IndexError, TypeError, AttributeError, TimeoutError)  # or a trickle of blanks
+NO_ANSWER = (ValueError, KeyError, IndexError, TypeError, AttributeError, TimeoutError)
 CONNECT = 5.0  # seconds to reach a server
 
 
 @dataclass(frozen=True)
 class Call:
-    """One question: chat messages, and which dialogue (key, its seed), turn, hop and attempt it is of."""
+    """One question: the dialogue (key, its seed), turn, hop and attempt it is of, and chat messages."""
 
     key: tuple[int, int]
     seed: int
@@ -47,57 +43,30 @@ class Call:
 
     def address(self, settings: dict) -> str:
         """What a recorded answer is found by: a hash of all that the answer depends on."""
-        parts = [settings, self.seed, self.turn, self.hop, self.attempt, self.system, self.user]
+        parts = [settings, *(v for k, v in vars(self).items() if k != "key")]
         text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back: text, or why nothing did (`failed`). `cut`: the text ends at its cap on tokens."""
+    """What came back, or why nothing did (`failed`). An empty text is an answer that is none."""
 
     text: str = ""
     failed: str = ""
-    cut: bool = False
-
-
-@dataclass
-class Usage:
-    """What calls cost since `drain` was last called. Latency: seconds of each call that was answered."""
-
-    counts: collections.Counter = field(default_factory=collections.Counter)
-    latency: list[float] = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def add(self, seconds: float | None = None, **counts: int) -> None:
-        with self.lock:
-            self.counts.update(counts)
-            self.latency += [] if seconds is None else [seconds]
-
-    def drain(self) -> tuple[collections.Counter, list[float]]:
-        """Counts and latencies so far, and zero again."""
-        with self.lock:
-            taken = self.counts, self.latency
-            self.counts, self.latency = collections.Counter(), []
-        return taken
-
-
-def usage_metrics(parts: list[tuple[collections.Counter, list[float]]]) -> dict[str, float]:
-    """What the clients of all ranks were used for, as metrics."""
-    counts = sum((counts for counts, _ in parts), collections.Counter())
-    times = sorted(seconds for _, latency in parts for seconds in latency)
-    names = ("retries", "parse_failures", "clamped", "tokens_in", "tokens_out")
-    return {
-        "simulator/llm_calls": counts["calls"],
-        **{f"simulator/{name}": counts[name] for name in names},
-        "simulator/latency_p50": median(times) if times else 0.0,
-        "simulator/latency_p95": times[int(0.95 * (len(times) - 1))] if times else 0.0,
-    }
+    cut: bool = False  # the text ends at its cap on tokens
+    retries: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    seconds: float = 0.0
 
 
 class Endpoint:
-    """An OpenAI-compatible server, asked in `user_concurrency` threads. Raises InputError for an address
-    that is none, or a key that the environment lacks; local servers that want none get a placeholder."""
+    """An OpenAI-compatible server, asked in `user_concurrency` threads.
+
+    Retries, backoff, Retry-After and the time limit of a try are the `openai` client's. Raises
+    InputError for an address that is none, and for a key that the environment lacks.
+    """
 
     def __init__(self, config: Config):
         import httpx
@@ -105,52 +74,47 @@ class Endpoint:
 
         url, name = urlsplit(config.user_url), config.user_key_env
         if url.scheme not in ("http", "https") or not url.hostname:
-            example = "http://127.0.0.1:8001/v1"
-            raise InputError(f"option 'user_url' is no http address: {config.user_url!r}; write {example}")
+            example = "write user_url=http://127.0.0.1:8001/v1"
+            raise InputError(f"option 'user_url' is no http address: {config.user_url!r}; {example}")
         if url.username or url.password or "key=" in url.query:
-            raise InputError("option 'user_url' holds a key or password, which config.json would show; "
-                             "put it in the environment and name the variable: user_key_env=NAME")
-        key = os.environ.get(name, "").strip() if name else "none"
+            raise InputError("option 'user_url' holds a secret, which config.json would show; put it in "
+                             "the environment and name the variable: user_key_env=NAME")
+        key = os.environ.get(name, "").strip() if name else "none"  # a local server wants none
         if not key:
-            raise InputError(f"option 'user_key_env': the environment has no {name}; export it, or name another")
+            raise InputError(f"option 'user_key_env': the environment has no {name}; export it")
         limit = httpx.Timeout(config.user_timeout, connect=min(CONNECT, config.user_timeout))
+        retries = config.user_retries
         self.client = openai.OpenAI(
-            base_url=config.user_url, api_key=key, max_retries=config.user_retries, timeout=limit
+            base_url=config.user_url, api_key=key, max_retries=retries, timeout=limit
         )
-        self.config, self.openai, self.httpx, self.usage = config, openai, httpx, Usage()
+        self.config, self.openai, self.httpx = config, openai, httpx
         self.json_mode = config.user_json
         self.todo, self.done = queue.SimpleQueue(), queue.SimpleQueue()
-        for _ in range(config.user_concurrency):  # daemons: a server that hangs must not keep a run alive
+        for _ in range(config.user_concurrency):  # daemons: a hanging server must not keep a run alive
             threading.Thread(target=self.work, daemon=True).start()
 
     def probe(self) -> None:
-        """Ask once, before anything is loaded; a server that refuses JSON mode is not asked for it again.
+        """Ask once, before any weights are loaded; learns whether the server takes JSON mode.
 
         Raises InputError where nobody is there, or the key or the model is refused. A server that is
         busy, or still loading, is one.
         """
-        call, client = Call((0, 0), 0, 0, "probe", 0, "Answer with JSON.", "{}"), self.client
-        self.client, where = client.with_options(max_retries=0), f"option 'user_url': {self.config.user_url}"
+        call, where = Call((0, 0), 0, 0, "probe", 0, "Answer with JSON.", "{}"), self.config.user_url
+        client = self.client.with_options(max_retries=0)
         try:
             try:
-                self.request(call, 1)
+                self.request(client, call, 1)
             except (self.openai.BadRequestError, self.openai.UnprocessableEntityError):
-                if not self.json_mode:
-                    raise
                 self.json_mode = False
-                self.request(call, 1)
+                self.request(client, call, 1)
         except self.openai.APIStatusError as error:
-            if error.status_code in REFUSED:
-                look = {401: "look at the key: user_key_env", 404: f"is user_model={self.config.user_model} there?"}
-                hint = look.get(error.status_code, "look at user_model, and at the key: user_key_env")
-                raise InputError(f"{where} answered {error.status_code}; {hint}") from None
+            if (code := error.status_code) in REFUSED:
+                look = "the key (user_key_env)" if code in (401, 402, 403) else "user_model and the path"
+                raise InputError(f"option 'user_url': {where} answered {code}; look at {look}") from None
         except (self.openai.APIConnectionError, self.httpx.HTTPError):
-            raise InputError(f"{where}: nobody answers there; start the server, or correct it") from None
+            raise InputError(f"option 'user_url': nobody answers at {where}; start the server") from None
         except NO_ANSWER:
-            raise InputError(f"{where}: what answers there is no OpenAI-compatible server") from None
-        finally:
-            self.client = client
-            self.usage.drain()
+            raise InputError(f"option 'user_url': {where} is no OpenAI-compatible server") from None
 
     def begin(self) -> None:
         """A new rollout: nothing to forget."""
@@ -174,63 +138,57 @@ class Endpoint:
             return got
 
     def answer(self, call: Call) -> Answer:
-        """The server's answer; an empty text where it gave none that is one. Never raises: this is a thread."""
+        """The server's answer, an empty one where it is none. Never raises, since this is a thread."""
         try:
-            return self.request(call, self.config.user_tokens)
+            return self.request(self.client, call, self.config.user_tokens)
         except self.openai.APIStatusError as error:
             hint = "; look at the key" if error.status_code in (401, 402, 403) else ""
             return Answer(failed=f"the user's server answered {error.status_code}{hint}")
         except self.openai.APITimeoutError:
             return Answer(failed="the user's server did not answer in time")
-        except self.openai.APIConnectionError as error:
-            return Answer(failed=f"no answer from the user's server ({type(error).__name__})")
         except (self.httpx.HTTPError, *NO_ANSWER):
             return Answer()
-        except Exception as error:  # a thread's exception would be lost, and the dialogue would hang
-            return Answer(failed=f"{type(error).__name__} while asking the user's model")
+        except Exception as error:  # else the dialogue would wait for ever
+            return Answer(failed=f"no answer from the user's server ({type(error).__name__})")
 
-    def request(self, call: Call, tokens: int) -> Answer:
+    def request(self, client, call: Call, tokens: int) -> Answer:
         """One answer. Raises openai's and httpx's errors, and NO_ANSWER for what is none."""
-        begun, body = time.monotonic(), b""
-        self.usage.add(calls=1)
-        create = self.client.chat.completions.with_streaming_response.create
-        with create(
+        begun, body, mode = time.monotonic(), b"", {"response_format": {"type": "json_object"}}
+        with client.chat.completions.with_streaming_response.create(
             model=self.config.user_model, temperature=self.config.user_temperature, max_tokens=tokens,
-            messages=[{"role": "system", "content": call.system}, {"role": "user", "content": call.user}],
-            seed=(call.seed + call.attempt) % (1 << 31),
-            **({"response_format": {"type": "json_object"}} if self.json_mode else {}),
+            messages=[{"role": role, "content": getattr(call, role)} for role in ("system", "user")],
+            seed=(call.seed + call.attempt) % (1 << 31), **(mode if self.json_mode else {}),
         ) as reply:  # fmt: skip
-            self.usage.add(calls=reply.retries_taken, retries=reply.retries_taken)
             opened = time.monotonic()
-            for piece in reply.iter_bytes():  # a server may send blanks while it works: no read times out
+            for piece in reply.iter_bytes():  # blanks may trickle in, so that no read ever times out
                 body += piece
                 if time.monotonic() - opened > self.config.user_timeout:
                     raise TimeoutError
         row = json.loads(body)
         used, choice = row.get("usage") or {}, row["choices"][0]
-        tokens_in, tokens_out = (used.get(f"{kind}_tokens") or 0 for kind in ("prompt", "completion"))
-        self.usage.add(time.monotonic() - begun, tokens_in=tokens_in, tokens_out=tokens_out)
-        text = (choice["message"]["content"] or "").strip()
-        return Answer(text, cut=choice.get("finish_reason") == "length")
+        return Answer(
+            (choice["message"]["content"] or "").strip(), cut=choice.get("finish_reason") == "length",
+            retries=reply.retries_taken, tokens_in=used.get("prompt_tokens") or 0,
+            tokens_out=used.get("completion_tokens") or 0, seconds=time.monotonic() - begun,
+        )  # fmt: skip
 
 
 class Local:
-    """A checkpoint in an engine of its own, all dialogues in one batch. The same calls give the same answers.
+    """A checkpoint in an engine of its own, all dialogues in one batch; equal calls get equal answers.
 
     Each hop of a dialogue keeps a slot of its own while there are enough, so that what its prompts have
     in common (instructions, persona, scene, the talk so far) is prefilled once.
     """
 
     def __init__(self, engine, chat, tokens: int):
-        self.engine, self.chat, self.tokens, self.usage = engine, chat, tokens, Usage()
+        self.engine, self.chat, self.tokens = engine, chat, tokens
         self.begin()
 
     def begin(self) -> None:
         """A new rollout: nothing is left of an abandoned one."""
         self.engine.forget()
         self.waiting, self.calls, self.ready = collections.deque(), {}, []
-        self.slots: dict[tuple, int] = {}  # (dialogue, hop) -> the slot it used last
-        self.oldest = list(range(len(self.engine.held)))  # slots, the one used longest ago first
+        self.slots: dict[int, tuple] = dict.fromkeys(range(len(self.engine.held)))  # slot -> whose, oldest first
 
     def submit(self, call: Call) -> None:
         self.waiting.append(call)
@@ -240,35 +198,32 @@ class Local:
         while True:
             self.admit()
             for row in self.engine.step() if self.engine.busy else []:
-                call = self.calls.pop(row.slot)
-                self.usage.add(tokens_out=len(row.sampled))
-                self.ready.append((call, Answer(self.chat.read(row.sampled).text, cut=row.stop != "eos")))
+                call, text = self.calls.pop(row.slot), self.chat.read(row.sampled).text
+                used = {"tokens_in": len(row.prompt), "tokens_out": len(row.sampled)}
+                self.ready.append((call, Answer(text, cut=row.stop != "eos", **used)))
             if self.ready or not timeout or not self.engine.busy:
                 ready, self.ready = self.ready, []
                 return ready
 
     def admit(self) -> None:
-        """Give waiting calls free slots: their own, else the one used longest ago."""
-        while self.waiting and len(self.calls) < len(self.oldest):
+        """Give waiting calls free slots: the one of their dialogue and hop, else the one unused longest."""
+        while self.waiting and len(self.calls) < len(self.slots):
             call = self.waiting.popleft()
-            who, prompt = (call.key, call.hop), self.chat.opening(call.system, call.user)
-            self.usage.add(calls=1, tokens_in=len(prompt))
+            prompt, whose = self.chat.opening(call.system, call.user), (call.key, call.hop)
             if len(prompt) >= self.engine.capacity:
-                why = f"a prompt of {len(prompt)} tokens is too long for user_context {self.engine.capacity}"
-                self.ready.append((call, Answer(failed=why)))
+                why = f"a prompt of {len(prompt)} tokens is too long for user_context"
+                self.ready.append((call, Answer(failed=f"{why} {self.engine.capacity}")))
                 continue
-            slot = self.slots.get(who)
-            if slot is None or slot in self.calls:
-                slot = next(slot for slot in self.oldest if slot not in self.calls)
-            self.slots = {other: used for other, used in self.slots.items() if used != slot} | {who: slot}
-            self.oldest = [other for other in self.oldest if other != slot] + [slot]
+            free = [slot for slot in self.slots if slot not in self.calls]
+            slot = next((slot for slot in free if self.slots[slot] == whose), free[0])
+            del self.slots[slot]
+            self.slots[slot], self.calls[slot] = whose, call  # now the youngest
             hop = int.from_bytes(call.hop.encode()[:8], "big")
-            self.calls[slot] = call
             self.engine.submit(slot, prompt, (call.seed, call.turn, hop, call.attempt), self.tokens)
 
 
 class Record:
-    """Every answer of a client written to one file (`record`), or read from it (`replay`).
+    """Every answer of a client written to one file (`record`), or read from it (`replay`: no client).
 
     An answer is found by its call's address. The line also says at which of the rollout's engine steps,
     and in which batch, it was let in: a replay lets it in there again, so that the policy's batches have
@@ -278,20 +233,17 @@ class Record:
 
     def __init__(self, path: Path, settings: dict, client=None):
         self.path, self.settings, self.client = path, settings, client
-        self.usage = client.usage if client else Usage()
         self.clock = self.batch = 0
         self.known: dict[str, dict] = {}
         self.due: list[tuple[int, int, int, Call, Answer]] = []  # batch, order, clock, call, answer
         if client and path.is_file():
             write_rows(path, own_rows(path))  # without half a line that a kill may have left
-        if client is None:
-            if not path.is_file():
-                make = "make it with record=record, or give record_file=FILE"
-                raise InputError(f"{path}: no such record; {make}")
-            for where, row in read_rows(path, torn=True):
-                if "address" not in row:
-                    raise InputError(f"{where}: not a line of a record")
-                self.known[row["address"]] = row
+        if not client and not path.is_file():
+            raise InputError(f"{path}: no such record; make it with record=record, or give record_file=FILE")
+        for where, row in [] if client else read_rows(path, torn=True):
+            if "address" not in row:
+                raise InputError(f"{where}: not a line of a record")
+            self.known[row["address"]] = row
 
     def begin(self) -> None:
         """A new rollout: its clock starts."""
@@ -307,7 +259,7 @@ class Record:
         if row is None:
             what = f"{call.where} was not recorded with these settings"
             raise InputError(f"{self.path}: {what}; record=record asks anew")
-        answer = Answer(row["text"], row["failed"], row.get("cut", False))
+        answer = Answer(**{f.name: row[f.name] for f in dataclasses.fields(Answer)})
         self.due.append((row["batch"], row["order"], row["clock"], call, answer))
 
     def poll(self, timeout: float) -> list[tuple[Call, Answer]]:
@@ -315,15 +267,14 @@ class Record:
         if not self.client:
             return self.replayed(idle=bool(timeout))
         got = self.client.poll(timeout)
-        rows = []
-        for order, (call, answer) in enumerate(got):
-            row = {"address": call.address(self.settings), "where": call.where, "batch": self.batch,
-                   "order": order, "clock": self.clock + bool(timeout), **dataclasses.asdict(answer)}
-            rows.append(row)
+        now = {"batch": self.batch, "clock": self.clock + bool(timeout)}
         self.batch += bool(got)
-        if rows:
+        if got:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            add_rows(self.path, rows)
+            add_rows(self.path, [
+                {"address": call.address(self.settings), "where": call.where, "order": order, **now,
+                 **dataclasses.asdict(answer)} for order, (call, answer) in enumerate(got)
+            ])  # fmt: skip
         return got
 
     def replayed(self, idle: bool) -> list[tuple[Call, Answer]]:

@@ -1,69 +1,54 @@
-"""The sentient user that is a language model: it appraises a reply, then answers it (RLVER and SAGE,
-section 2).
+"""The sentient user that is a language model: it appraises a reply, then answers it (RLVER, section 2).
 
 Here live its two hops, how its prompts are read (prompts/LANGUAGE/MODE/*.txt, or a folder of one's own),
 and how its answers are understood: tolerant of form, strict about the one number that becomes the reward.
 The policy's words stand in the prompt and may come back in any answer. So whatever is read goes through
-one door (`read_answer`), which a quoted reply cannot open.
+one door, `read_answer`, which a quoted reply cannot open.
 """
 
 import json
 import re
 import unicodedata
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 from json_repair import repair_json
 
 from config import InputError
-from simulator import (
-    INTENTIONS,
-    LANGUAGES,
-    PERSONA_TYPES,
-    Appraisal,
-    EmotionRules,
-    Failed,
-    Key,
-    Profile,
-    UserTurn,
-    band,
-    cjk_share,
-)
+from simulator import Appraisal, EmotionRules, Failed, Key, Profile, UserTurn, band, cjk_share
 from users.clients import Answer, Call
 
 APPRAISAL = ("content", "target_completion", "activity", "analyse", "change")
 SPEECH = ("thinking", "response")
 HOPS = {"opening": SPEECH, "appraisal": APPRAISAL, "reply": SPEECH, "both": APPRAISAL + SPEECH}
 FIXED = {"persona", "persona_type", "traits", "scene", "intention"}  # slots above the line of a prompt
-NOW = {  # slots below it
-    "opening": {"emotion", "band"}, "appraisal": {"history", "emotion", "band", "reply"},
-    "reply": {"history", "emotion", "band", "reply", "change", "appraisal"},
-    "both": {"history", "emotion", "band", "reply"},
-}  # fmt: skip
+NOW = {"history", "emotion", "band", "reply", "change", "appraisal"}  # slots below it
 NEEDED = {  # slots that a prompt cannot do without
-    "opening": {"scene"}, "appraisal": {"scene", "intention", "history", "reply"},
-    "reply": {"scene", "history", "emotion"}, "both": {"scene", "intention", "history", "reply"},
+    "opening": ("scene",), "appraisal": ("scene", "intention", "history", "reply"),
+    "reply": ("scene", "history", "emotion"), "both": ("scene", "intention", "history", "reply"),
 }  # fmt: skip
 LINE = "====="
 NAMES = {  # a field's name as models write it
-    "content": "content|内容", "target_completion": "target[_ ]completion|目标完成度?", "activity": "activity|心理活动",
-    "analyse": "analyse|分析", "change": "(?:emotion )?change|(?:情绪)?变化", "thinking": "thinking|想法",
-    "response": "response|reply|回复",
+    **{name: name.replace("_", "[_ ]") for name in APPRAISAL + SPEECH},
+    "change": "(?:emotion )?change|(?:情绪)?变化", "response": "response|reply|回复",
 }  # fmt: skip
 
 
 class Prompt(NamedTuple):
-    """One hop's prompt: system and user message with slots, and the fields that its answer is asked for."""
+    """One hop's prompt: system and user message with slots, and the fields its answer is asked for."""
 
     system: str
     user: str
     fields: tuple[str, ...]
 
 
-def prompt_folders(mode: str) -> dict[str, Path]:
-    """Our folders of prompts by language: prompts/LANGUAGE/MODE."""
-    return {lang: Path(__file__).parent.parent / "prompts" / lang / mode for lang in LANGUAGES}
+def prompt_folders(mode: str, own: str = "") -> dict[str, Path]:
+    """The folders of prompts by language: prompts/LANGUAGE/MODE, or one of the user's own."""
+    ours = Path(__file__).parent.parent / "prompts"
+    return {lang: Path(own) if own else ours / lang / mode for lang in ("en", "zh")}
 
 
 def load_prompts(folder: Path) -> dict[str, Prompt]:
@@ -79,19 +64,20 @@ def load_prompts(folder: Path) -> dict[str, Prompt]:
             raise InputError(f"{path}: not UTF-8 ({error.reason})") from None
         if len(parts) != 2:
             raise InputError(f"{path}: one line {LINE} parts the system message from the user message")
-        for part, slots, where in zip(parts, (FIXED, NOW[name]), ("above", "below")):
+        for part, slots, where in zip(parts, (FIXED, NOW), ("above", "below")):
             try:
                 part.format_map(dict.fromkeys(slots, ""))
             except KeyError as slot:
                 known = ", ".join(sorted(slots))
-                raise InputError(f"{path}: no slot {slot} {where} {LINE}; known there are {known}") from None
+                raise InputError(f"{path}: no slot {slot} {where} {LINE}; there are {known}") from None
             except (ValueError, IndexError) as error:
                 raise InputError(f"{path}: {error}; a literal brace is written twice") from None
-        for slot in sorted(slot for slot in NEEDED[name] if f"{{{slot}}}" not in "".join(parts)):
-            raise InputError(f"{path}: slot {{{slot}}} is missing")
+        for slot in NEEDED[name]:
+            if f"{{{slot}}}" not in "".join(parts):
+                raise InputError(f"{path}: slot {{{slot}}} is missing")
         asked = tuple(key for key in fields if f'"{key}"' in parts[0])
         for key in {"change", "response"} & set(fields) - set(asked):
-            raise InputError(f"{path}: does not ask for \"{key}\", in double quotes, above {LINE}")
+            raise InputError(f'{path}: does not ask for "{key}", in double quotes, above {LINE}')
         prompts[name] = Prompt(parts[0].strip(), parts[1].strip(), asked)
     return prompts
 
@@ -106,15 +92,16 @@ def read_answer(text: str, fields: tuple[str, ...]) -> dict[str, str]:
     """
     if not text.startswith(("{", "`")):  # else a tag in it is quoted from the talk
         text = re.sub(r"^.*?</think>|^<think>.*", "", text, flags=re.S).strip()
-    begin = text.find("{")
-    if begin < 0:
-        row, outside = read_labels(text, fields), ""
-    else:
-        try:
-            row, end = json.JSONDecoder(strict=False, object_pairs_hook=unique).raw_decode(text, begin)
+    begin, outside = text.find("{"), ""
+    try:
+        if begin < 0:
+            row = read_labels(text, fields)
+        else:
+            decoder = json.JSONDecoder(strict=False, object_pairs_hook=unique)
+            row, end = decoder.raw_decode(text, begin)
             outside = text[:begin] + "\n" + text[end:]
-        except (json.JSONDecodeError, RecursionError):
-            row, outside = repair(text[begin:], fields), text[:begin]
+    except (json.JSONDecodeError, RecursionError):
+        row, outside = repair(text[begin:], fields), text[:begin]
     if named(outside, fields):
         raise ValueError("a field outside the JSON object")
     found = {name: row.get(name) for name in fields}
@@ -135,8 +122,8 @@ def unique(pairs: list[tuple[str, object]]) -> dict:
 def named(text: str, fields: tuple[str, ...]) -> list[str]:
     """The fields that a text names as keys (in quotes, or with a colon behind), each time, in order."""
     key = "|".join(f"(?P<{name}>{NAMES[name]})" for name in fields)
-    found = re.finditer(rf"""(?<!\w)(["“]\s*)?(?:{key})(?(1)\s*["”]|["”]?\s*[:：])""", text, re.I)
-    return [match.lastgroup for match in found]
+    pattern = rf"""(?<!\w)(["“]\s*)?(?:{key})(?(1)\s*["”]|["”]?\s*[:：])"""
+    return [match.lastgroup for match in re.finditer(pattern, text, re.I)]
 
 
 def repair(text: str, fields: tuple[str, ...]) -> dict:
@@ -147,24 +134,25 @@ def repair(text: str, fields: tuple[str, ...]) -> dict:
         raise ValueError("not JSON, and it ends within a number")
     keys = "|".join(NAMES[name] for name in fields)
     text = re.sub(r"\s*```\s*$", "", text)
-    text = re.sub(rf"""[”"]\s*[,，]\s*(?=["“]?(?:{keys})["”]?\s*[:：])""", '", ', text)  # typographic marks
+    # a string that was closed by a typographic quotation mark or comma
+    text = re.sub(rf"""[”"]\s*[,，]\s*(?=["“]?(?:{keys})["”]?\s*[:：])""", '", ', text)
     row = repair_json(text, return_objects=True)
     if not isinstance(row, dict):
         raise ValueError("not JSON")
-    row = unique(list(row.items()))
-    return {k: v if not isinstance(v, str) or "“" in v else re.sub(r"[\s}”]+$", "", v) for k, v in row.items()}
+    odd = {k: v for k, v in row.items() if isinstance(v, str) and "“" not in v}
+    return unique([*(row | {k: re.sub(r"[\s}”]+$", "", v) for k, v in odd.items()}).items()])
 
 
 def read_labels(text: str, fields: tuple[str, ...]) -> dict[str, str]:
-    """The fields of an answer that is nothing but labelled lines, in order, each on one line, quotes closed."""
+    """The fields of an answer that is nothing but labelled lines, in order, each with closed quotes."""
     lines = [line for line in text.splitlines() if line.strip()]
     found: dict[str, str] = {}
     for name, line in zip(fields, lines):
-        match = re.match(rf"[\s\W]*(?:{NAMES[name]})[*_`\s]*[:：][*_`\s]*(.*)$", line, re.I)
-        if not match or match[1].count('"') % 2:
-            break
-        found[name] = match[1]
-    if len(found) < len(lines) or len(found) < len(fields):
+        label = rf"[\s\W]*(?:{NAMES[name]})[*_`\s]*[:：][*_`\s]*(.*)$"
+        match = re.match(label, line, re.I)
+        if match and match[1].count('"') % 2 == 0:
+            found[name] = match[1]
+    if len(found) < max(len(lines), len(fields)):
         raise ValueError("neither a JSON object nor labelled lines alone")
     return found
 
@@ -187,9 +175,10 @@ def read_change(text: str) -> float:
     (value,) = values
     if abs(value) > 100:
         raise ValueError(f"a change of {value:g}")
-    if value and not found[0].startswith(("+", "-")):
-        if re.sub(number, "", re.sub(r"points?|pts?|[\s()\[\]【】.,。]|[分点點]", "", text, flags=re.I)):
-            raise ValueError("a number without a sign, beside words")
+    units = r"points?|pts?|[\s()\[\]【】.,。]|[分点點]"
+    words = re.sub(number, "", re.sub(units, "", text, flags=re.I))
+    if value and words and not found[0].startswith(("+", "-")):
+        raise ValueError("a number without a sign, beside words")
     return value
 
 
@@ -197,10 +186,10 @@ BYE = {
     "en": r"(?:good ?bye|bye(?:[ -]bye)?|farewell|see you (?:later|soon|around)|talk to you later)\b",
     "zh": "(?:再见|拜拜|告辞|回头聊|下次再聊|下次聊)",
 }
-# All that may stand beside it in a clause: "he said goodbye" and "kiss that job goodbye" take no leave.
+# All that may stand beside it in a clause: "he said goodbye", "kiss that job goodbye" take no leave.
 BESIDE = {
-    "en": r"(?:ok(?:ay)?|well|so|then|now|for|and|thanks?|you|all|my|friend|dear|anyway|al+ ?right|i(?:'ll|'d)?"
-          r"|must|have|to|got|should|better|go|going|will|say|let|me|just|it's|time|i guess|good|night)\b",
+    "en": r"(?:ok(?:ay)?|well|so|then|now|for|and|thanks?|you|all|my|friend|dear|anyway|al+ ?right|must"
+          r"|i(?:'ll|'d)?|have|to|got|should|better|go|going|will|say|let|me|just|it's|time|i guess)\b",
     "zh": "[我你您咱们先就那了吧啊呀哦嗯哈好的要得走谢该此这样也还有事]",
 }  # fmt: skip
 
@@ -210,17 +199,15 @@ def takes_leave(text: str, language: str) -> bool:
     text = re.sub(r"[\"“「][^\"”」]*[\"”」]", "quoted", text.lower().replace("’", "'"))
     sentences = [part for part in re.split(r"[.!?…。！？~\n]+", text) if part.strip()] or [""]
     bye, beside = BYE[language], rf"(?:\s*{BESIDE[language]}\s*)*"
+    whole = f"{beside}{bye}{beside}" + (rf"|{bye}\s+and\b.*" if language == "en" else "")
     clauses = re.split(r"[,;:，；：、—–]|\s-\s", sentences[-1])
-    whole = rf"{beside}\b{bye}{beside}|\s*{bye}\s+and\b.*" if language == "en" else f"{beside}{bye}{beside}"
     return any(re.fullmatch(whole, clause.strip()) for clause in clauses)
 
 
-LEAK = re.compile(r"hidden[ _]intention|\bband [sabcf]\b|隐藏意图|[SABCF] ?档|情绪(?:档位|数值)", re.I)
-
-
 def out_of_role(text: str, profile: Profile) -> str:
-    """What is wrong with the words of a person: they name what only we know, or are of another language."""
-    if LEAK.search(text) or any(label in text for label in INTENTIONS[profile.intention]):
+    """What is wrong with a person's words: they name what only we know, or are of another language."""
+    secret = r"hidden[ _]intention|\bband [sabcf]\b|隐藏意图|[SABCF] ?档"
+    if re.search(secret, text, re.I) or profile.intention_label in text:
         return "names the hidden intention or a band"
     letters = "".join(char for char in text if char.isalpha())
     chinese = cjk_share(letters)
@@ -229,15 +216,26 @@ def out_of_role(text: str, profile: Profile) -> str:
 
 
 def one_line(text: str) -> str:
-    """Untrusted text for a prompt: it can neither begin a line of another speaker, nor close the marks around
-    it, nor, where an answer quotes it as it is, end a JSON string or begin an object."""
+    """Untrusted text for a prompt: it cannot begin a line of another speaker, nor close the marks around
+    it, nor, quoted as it is in an answer, end a JSON string or begin an object."""
     text = " ".join(text.split()).replace("</", "< /")
     return text.translate(str.maketrans('"{}', "'()"))
 
 
+def usage_metrics(parts: list[tuple[Counter, list[float]]]) -> dict[str, float]:
+    """What the language models of all ranks' users were asked (`LLMUser.drain`), as metrics."""
+    counts, times = sum((c for c, _ in parts), Counter()), sorted(t for _, ts in parts for t in ts)
+    names = ("llm_calls", "retries", "parse_failures", "clamped", "tokens_in", "tokens_out")
+    return {
+        **{f"simulator/{name}": counts[name] for name in names},
+        "simulator/latency_p50": median(times) if times else 0.0,
+        "simulator/latency_p95": times[int(0.95 * (len(times) - 1))] if times else 0.0,
+    }
+
+
 @dataclass
 class Session:
-    """One dialogue of an LLMUser: what was said, and how far the answer to the last reply has come."""
+    """One dialogue: what was said, and how far the answer to the last reply has come."""
 
     key: Key
     profile: Profile
@@ -251,12 +249,11 @@ class Session:
 
 
 class LLMUser:
-    """The sentient user of RLVER and SAGE: a language model that appraises a reply (hop one) and answers it
-    (hop two).
+    """A user that is a language model: it appraises a reply (hop one) and answers it (hop two).
 
-    `client` answers calls; `prompts` is a folder of prompts in place of prompts/LANGUAGE/MODE; `one_call`
-    asks both hops at once, at half the latency. An answer that cannot be read, or that no such person would
-    give, is asked for again up to `retries` times under another seed; then the dialogue has failed.
+    `client` answers calls; `prompts` is a folder in place of prompts/LANGUAGE/MODE; `one_call` asks both
+    hops at once, at half the latency. An answer that cannot be read, or that no such person would give,
+    is asked for again up to `retries` times under another seed; then the dialogue has failed.
     """
 
     SPEAKERS = {"en": ("Partner", "I"), "zh": ("对方", "我")}
@@ -264,14 +261,20 @@ class LLMUser:
     def __init__(self, client, rules: EmotionRules, mode: str = "vanilla", prompts: str = "",
                  one_call: bool = False, retries: int = 5):
         self.client, self.rules, self.one_call, self.retries = client, rules, one_call, retries
-        folders = {lang: Path(prompts) for lang in LANGUAGES} if prompts else prompt_folders(mode)
-        self.prompts = {lang: load_prompts(folder) for lang, folder in folders.items()}
+        self.prompts = {lang: load_prompts(at) for lang, at in prompt_folders(mode, prompts).items()}
         self.sessions: dict[Key, Session] = {}
         self.started: set[Key] = set()  # in this rollout
         self.ready: list[tuple[Key, UserTurn | Failed]] = []
+        self.drain()
+
+    def drain(self) -> tuple[Counter, list[float]]:
+        """Counts, and seconds of the answered calls, since this was last called."""
+        taken = getattr(self, "counts", Counter()), getattr(self, "seconds", [])
+        self.counts, self.seconds = Counter(), []
+        return taken
 
     def start(self, key: Key, profile: Profile, seed: int) -> None:
-        if key in self.started or not self.started:  # keys are unique within a rollout: this is a new one
+        if key in self.started or not self.started:  # keys are unique within a rollout: a new one
             self.client.begin()
             self.sessions, self.started, self.ready = {}, set(), []
         self.started.add(key)
@@ -296,27 +299,29 @@ class LLMUser:
 
     def ask(self, s: Session, hop: str) -> None:
         """Put one hop to the model."""
-        p, prompt, speakers = s.profile, self.prompts[s.profile.language][hop], self.SPEAKERS[s.profile.language]
-        label = 0 if p.language == "zh" else 1
-        who = dict(persona=p.persona, persona_type=PERSONA_TYPES[p.persona_type][label],
-                   traits=", ".join(p.traits), scene=p.scene, intention=INTENTIONS[p.intention][label])
-        history = "\n".join(f"{speakers[who == 'user']}: {one_line(text)}" for who, text in s.said)
-        now = dict(history=history, emotion=f"{s.emotion:g}", band=band(s.emotion), reply=one_line(s.reply))
+        p, prompt, names = s.profile, self.prompts[s.profile.language][hop], self.SPEAKERS[s.profile.language]
+        fixed = dict(persona=p.persona, persona_type=p.type_label, traits=", ".join(p.traits),
+                     scene=p.scene, intention=p.intention_label)
+        history = "\n".join(f"{names[who == 'user']}: {one_line(text)}" for who, text in s.said)
+        now = dict.fromkeys(NOW, "") | dict(history=history, reply=one_line(s.reply))
+        now |= dict(emotion=f"{s.emotion:g}", band=band(s.emotion))
         if s.appraisal:
             felt = one_line(f"{s.appraisal.activity} {s.appraisal.analyse}")
             now |= dict(change=f"{s.change:+g}", appraisal=felt)
-        system = prompt.system.format_map(who)
-        user = prompt.user.format_map({slot: now.get(slot, "") for slot in NOW[hop]})
+        system, user = prompt.system.format_map(fixed), prompt.user.format_map(now)
         self.client.submit(Call(s.key, s.seed, len(s.said), hop, s.attempt, system, user))
 
     def hear(self, s: Session, call: Call, answer: Answer) -> None:
         """An answer of the model to one hop: go on to the next, or ask again."""
+        used = dict(tokens_in=answer.tokens_in, tokens_out=answer.tokens_out, retries=answer.retries)
+        self.counts.update(llm_calls=1 + answer.retries, **used)
         if answer.failed:
             return self.finish(s, Failed(answer.failed))
+        self.seconds.append(answer.seconds)
         try:
             found, change = self.understand(s, call, answer)
         except ValueError as error:
-            self.client.usage.add(parse_failures=1)
+            self.counts["parse_failures"] += 1
             if s.attempt >= self.retries:
                 why = f"the user's model could not be understood ({call.where}: {error})"
                 return self.finish(s, Failed(why))
@@ -325,7 +330,7 @@ class LLMUser:
         if change is not None:
             texts = [found.get(name, "") for name in APPRAISAL[:-1]]
             s.appraisal, s.change = Appraisal(*texts, change), self.rules.change(change)
-            self.client.usage.add(clamped=int(change != s.change))
+            self.counts["clamped"] += change != s.change
             s.emotion, s.attempt = self.rules.step(s.emotion, change), 0
             if call.hop == "appraisal":
                 return self.ask(s, "reply")
@@ -339,18 +344,17 @@ class LLMUser:
         self.finish(s, turn)
 
     def understand(self, s: Session, call: Call, answer: Answer) -> tuple[dict[str, str], float | None]:
-        """The fields of an answer, and the change if it was asked for. Raises ValueError where it is none."""
+        """An answer's fields, and the change if it was asked for. Raises ValueError if it is of no use."""
         if answer.cut:
             raise ValueError("cut at its cap on tokens")
-        fields = self.prompts[s.profile.language][call.hop].fields
-        found = read_answer(answer.text, fields)
-        change = read_change(found["change"]) if "change" in fields else None
-        if "response" in fields:
+        language = s.profile.language
+        found = read_answer(answer.text, self.prompts[language][call.hop].fields)
+        change = read_change(found["change"]) if "change" in found else None
+        if "response" in found:
             if wrong := out_of_role(found["response"], s.profile):
                 raise ValueError(wrong)
-            emotion = s.emotion if change is None else self.rules.step(s.emotion, change)
-            leaves = takes_leave(found["response"], s.profile.language) and not self.rules.ending(emotion)
-            if leaves and s.attempt == 0 and self.retries:
+            ended = self.rules.ending(self.rules.step(s.emotion, change or 0.0))
+            if takes_leave(found["response"], language) and not ended and not s.attempt and self.retries:
                 raise ValueError("a goodbye that the emotion forbids")  # said twice, it is one
         return found, change
 
