@@ -1,11 +1,10 @@
 """ChatML as token ids: how a dialogue is written for the policy, and how a sampled reply is read.
 
-The one rule (DESIGN: ids once): text becomes ids when it enters, sampled ids are kept as they are, and nothing is ever
-decoded and encoded again. So a dialogue's ids are `opening` + sampled + `glue` + `user_turn` + sampled + ... Here live
-the pieces of that sum; `rollout.py` adds them up. transformers' tokenizer does the text-to-ids work only.
+Text becomes ids once, when it enters, and sampled ids stay: none is decoded and encoded again. So a
+dialogue is `opening` + sampled + `glue` + `user_turn` + sampled ..., which `rollout.py` adds up.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,46 +18,46 @@ OPEN, CLOSE = "<think>", "</think>"
 
 @dataclass(frozen=True)
 class Reply:
-    """A sampled reply, read. `ids` are the sampled ids behind the thought, a final <|im_end|> excluded (views into what
-    was sampled, for the next prompt); `text` is what the user sees; `violation` names a breach of the think format."""
+    """A sampled reply, read."""
 
-    ids: list[int]
-    text: str
+    ids: list[int]  # those sampled behind the thought, without a final <|im_end|>
+    text: str  # what the user sees
     thought: str = ""
-    violation: str = ""
+    violation: str = ""  # the breach of the think format
 
 
 @dataclass
 class Chat:
-    """ChatML over one tokenizer. Raises InputError where the tokenizer has no ChatML tokens.
+    r"""ChatML over one tokenizer. Raises InputError where the tokenizer has no ChatML tokens.
 
-    Example (no think): system "S", user "hi", sampled [Hey, <|im_end|>], user "ok" gives
-        mask 0:  <|im_start|>system\\n S <|im_end|>\\n <|im_start|>user\\n hi <|im_end|>\\n <|im_start|>assistant\\n
-        mask 1:  Hey <|im_end|>                                                                  (what was sampled)
-        mask 0:  \\n <|im_start|>user\\n ok <|im_end|>\\n <|im_start|>assistant\\n
+    Example, with the mask in front: system "S", user "hi", sampled Hey<|im_end|>, user "ok" give
+        0: <|im_start|>system\nS<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n
+        1: Hey<|im_end|>
+        0: \n<|im_start|>user\nok<|im_end|>\n<|im_start|>assistant\n
     """
 
     tokenizer: object
     think: bool = False
-    empty_think: bool = field(default=False)  # Qwen3's template writes an empty think block before a no-think reply
+    empty_think: bool = False  # whether a no-think reply stands behind an empty think block (Qwen3)
 
     def __post_init__(self):
-        special = {token: self.tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>")}
-        for token, index in special.items():
+        tokens = ("<|im_start|>", "<|im_end|>")
+        self.start, self.end = map(self.tokenizer.convert_tokens_to_ids, tokens)
+        for token, index in zip(tokens, (self.start, self.end)):
             known = index is not None and index != self.tokenizer.unk_token_id
             # One that is not special could be forged by user text.
             if not known or self.tokenizer.decode([index]) != token or index in self.text(token):
-                where = self.tokenizer.name_or_path
-                raise InputError(
-                    f"{where}: the tokenizer has no special token {token}; a ChatML model is needed (Qwen, SmolLM2)"
-                )
-        self.start, self.end = special["<|im_start|>"], special["<|im_end|>"]
+                name, need = self.tokenizer.name_or_path, "a ChatML model is needed (Qwen, SmolLM2)"
+                raise InputError(f"{name}: the tokenizer has no special token {token}; {need}")
         self.newline = self.text("\n")
         self.assistant_header = [self.start, *self.text("assistant\n")]
-        self.empty_block = self.encode_trusted(f"{OPEN}\n\n{CLOSE}\n\n") if self.empty_think and not self.think else []
+        # Qwen3's own template drops the empty block from past replies; ours keeps it there, since
+        # the ids of a dialogue must extend each other.
+        empty = self.empty_think and not self.think
+        self.empty_block = self.encode_trusted(f"{OPEN}\n\n{CLOSE}\n\n") if empty else []
 
     def text(self, text: str) -> list[int]:
-        """Ids of untrusted text: a literal <|im_end|> in it stays text, special ids never come out."""
+        """Ids of untrusted text: a literal <|im_end|> in it never becomes the special id."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def encode_trusted(self, text: str) -> list[int]:
@@ -66,16 +65,16 @@ class Chat:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def message(self, role: str, content: str) -> list[int]:
-        """<|im_start|>role\\n content <|im_end|>\\n; the content is stripped, its newlines would merge into others."""
+        """One whole turn. The content is stripped, since its newlines would merge into others."""
         return [self.start, *self.text(f"{role}\n{content.strip()}"), self.end, *self.newline]
 
     def opening(self, system: str, user: str) -> list[int]:
-        """Ids of the first prompt, to the end of the assistant header. An empty system prompt writes no system turn."""
+        """Ids up to the first reply; an empty system prompt writes no system turn."""
         system_ids = self.message("system", system) if system.strip() else []
         return [*system_ids, *self.message("user", user), *self.assistant_header, *self.empty_block]
 
     def glue(self, ids: list[int]) -> list[int]:
-        """What closes a sampled turn: the newline behind <|im_end|>; both where the turn hit its cap."""
+        """What closes a sampled turn: a newline; <|im_end|> too where the turn hit its cap."""
         return self.newline if ids and ids[-1] == self.end else [self.end, *self.newline]
 
     def user_turn(self, content: str) -> list[int]:
@@ -83,11 +82,10 @@ class Chat:
         return [*self.message("user", content), *self.assistant_header, *self.empty_block]
 
     def read(self, ids: list[int]) -> Reply:
-        """Read what was sampled in one turn. In think mode the reply is `<think>...</think>` and text behind it.
+        """Read what was sampled in one turn: in think mode `<think>...</think>`, then a reply.
 
-        The id that completes `</think>` belongs to the thought (tokenizers merge `>` with what follows); other text
-        than white space behind the `>` in that same id cannot be kept out of the thought and is a violation, as are a
-        missing or second tag and an empty reply. Without `</think>` nothing is shown.
+        The whole id that completes `</think>` belongs to the thought. Tokenizers merge `>` with
+        what follows, and text there could not be kept out of the thought: it is a violation.
         """
         body = ids[:-1] if ids and ids[-1] == self.end else ids
         if not self.think:
@@ -96,28 +94,25 @@ class Chat:
         if not cut:
             return Reply([], "", whole, "thought not closed" if OPEN in whole else "no thought")
         thought, reply = self.decode(body[:cut]), self.decode(body[cut:]).strip()
+        violation = "" if reply else "no reply behind the thought"
         if not whole.lstrip().startswith(OPEN):
             violation = "no <think> at the start"
         elif thought[thought.index(CLOSE) + len(CLOSE) :].strip():
             violation = "text in the token that closes the thought"
         elif whole.count(OPEN) != 1 or whole.count(CLOSE) != 1:
             violation = "more than one think tag"
-        else:
-            violation = "" if reply else "no reply behind the thought"
         return Reply(body[cut:], reply, thought, violation)
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, nothing cleaned up and no special token hidden."""
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        as_it_is = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return self.tokenizer.decode(ids, **as_it_is)
 
     def close_index(self, ids: list[int]) -> int:
-        """How many ids the thought takes, the one that completes the first </think> included; 0 if there is none.
-
-        Bisection on the decoded prefix: "contains </think>" is monotone in the number of ids.
-        """
+        """How many ids the thought takes, up to one that completes the first </think>; 0: none."""
         if CLOSE not in self.decode(ids):
             return 0
-        low, high = 0, len(ids)
+        low, high = 0, len(ids)  # bisection: a prefix that holds </think> holds it when it grows
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if CLOSE in self.decode(ids[:middle]) else (middle, high)
@@ -125,13 +120,14 @@ class Chat:
 
 
 def load_tokenizer(name: str):
-    """A transformers tokenizer from a local folder or the hub, or `bytes`. Raises InputError where there is none."""
+    """A transformers tokenizer from a folder or the hub, or `bytes`. Raises InputError for none."""
     import transformers
 
     if name == "bytes":
         return byte_tokenizer(transformers)
     if name.endswith(".json"):
-        raise InputError(f"{name}: a shape file has no tokenizer; give tokenizer=bytes, or a folder or hub name")
+        give = "give tokenizer=bytes, or a folder or hub name"
+        raise InputError(f"{name}: a shape file has no tokenizer; {give}")
     folder = find_folder(name, weights=False)
     try:
         return transformers.AutoTokenizer.from_pretrained(str(folder))
@@ -141,7 +137,7 @@ def load_tokenizer(name: str):
 
 
 def byte_tokenizer(transformers):
-    """One id per byte and the ChatML specials, 259 ids: for tiny random models, where no download is wanted."""
+    """One id per byte and the ChatML specials, 259 ids: random models then need no download."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -150,14 +146,12 @@ def byte_tokenizer(transformers):
     core.decoder = decoders.ByteLevel()
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
-    )
+        additional_special_tokens=["<|im_start|>"])  # fmt: skip
 
 
 def make_chat(tokenizer, think: bool) -> Chat:
-    """The Chat for a tokenizer; whether no-think replies get Qwen3's empty block is read off its own template."""
-    template = tokenizer.chat_template or ""
-    return Chat(tokenizer, think, empty_think="enable_thinking" in template)
+    """The Chat for a tokenizer, with Qwen3's empty think block if its own template has one."""
+    return Chat(tokenizer, think, empty_think="enable_thinking" in (tokenizer.chat_template or ""))
 
 
 def system_prompt(language: str, think: bool, override: str = "") -> str:
@@ -170,9 +164,9 @@ def system_prompt(language: str, think: bool, override: str = "") -> str:
 
 
 def banned_ids(tokenizer, vocab_size: int, stop_ids: tuple[int, ...]) -> Tensor:
-    """Boolean [V]: ids beyond the tokenizer, and special ids but the stop ids: <|im_start|> would forge a turn."""
-    banned = torch.zeros(vocab_size, dtype=torch.bool)
-    banned[len(tokenizer) :] = True
-    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    """Boolean [V]: ids beyond the tokenizer, and special ids (they forge turns) but `stop_ids`."""
+    banned = torch.arange(vocab_size) >= len(tokenizer)
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = added | set(tokenizer.all_special_ids)
     banned[[i for i in special if i < vocab_size and i not in stop_ids]] = True
     return banned

@@ -1,9 +1,8 @@
-"""Every option of a run, in one flat dataclass, and how it is filled; at the end, how JSON files are
-read and written.
+"""Every option of a run in one flat dataclass, how it is filled, and how JSON is read and written.
 
-A config file is a Python file that binds `config = Config(...)` (or `dataclasses.replace` of another
-config); the command line then changes single options as `key=value`. All checks that need no model are
-made here, so that a mistake costs a second and one clear line (InputError, exit code 2), not an hour.
+A config file is a Python file that binds `config = Config(...)`; the command line then changes
+single options as `key=value`. Whatever can be checked without a model is checked here, so that a
+mistake costs a second and one clear line (InputError, exit code 2) instead of an hour.
 """
 
 import dataclasses
@@ -18,13 +17,16 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+DTYPES = ("auto", "fp32", "bf16")
+MODES = ("vanilla", "challenging")
+
 
 class InputError(Exception):
-    """Something that was given is wrong. The message is one line: where, what, remedy; exit code 2."""
+    """Something that was given is wrong. The message is one line: where, what and the remedy."""
 
 
 def option(default, meaning: str, choices: tuple = (), low=None, high=None, above=None):
-    """A dataclass field with its meaning for --help and the values it may take: low <= value <= high, > above."""
+    """A dataclass field for --help and `check`: meaning, choices, low <= value <= high, > above."""
     bounds = {"low": low, "high": high, "above": above}
     return field(default=default, metadata={"meaning": meaning, "choices": choices, **bounds})
 
@@ -32,41 +34,35 @@ def option(default, meaning: str, choices: tuple = (), low=None, high=None, abov
 @dataclass(frozen=True)
 class Config:
     # model
-    model: str = option(
-        "models/smollm2-135m-instruct", "HF folder or hub name; or configs/shapes/*.json: random weights")
+    model: str = option("models/smollm2-135m-instruct", "HF folder or hub name, or a shape in "
+                        "configs/shapes/ (random weights)")
     tokenizer: str = option("", "its folder or hub name, or bytes; empty: the model's own")
     think: bool = option(False, "reply after a <think> block, which nobody but the log ever sees")
-    system: str = option("", "file with the system prompt; empty: prompts/policy_{en,zh}{,_think}.txt")
-    lora_rank: int = option(0, "rank of adapters on a frozen base (LoRA); 0: train all weights", low=0)
+    system: str = option("", "system prompt file; empty: prompts/policy_{en,zh}{,_think}.txt")
+    lora_rank: int = option(0, "LoRA: rank of adapters, base frozen; 0: train all weights", low=0)
     lora_alpha: float = option(32.0, "LoRA: what adapters add is scaled by alpha / rank", above=0)
     lora_targets: str = option(
         "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "LoRA: layers that get adapters")
     # people and user
     profiles: str = option("data/en_train.jsonl", "training profiles, at least as many as `groups`")
     eval_profiles: str = option("data/en_test.jsonl", "profiles of the benchmark")
-    user: str = option(
-        "offline", "who plays the people: offline (rules, no LLM), llm (an OpenAI-compatible endpoint) "
-        "or local (a checkpoint in our own engine)", ("offline", "llm", "local"))
-    user_mode: str = option(
-        "vanilla", "vanilla, or challenging: hides its need and is moved only by what serves it",
-        ("vanilla", "challenging"))
+    user: str = option("offline", "who plays the people: offline (rules), llm (OpenAI-compatible "
+                       "endpoint) or local (in our own engine)", ("offline", "llm", "local"))
+    user_mode: str = option("vanilla", "vanilla or challenging: hidden need, hard to move", MODES)
     user_model: str = option("", "llm: the name the endpoint knows; local: HF folder or hub name")
     user_url: str = option("", "llm: the endpoint's base URL, such as http://127.0.0.1:8001/v1")
-    user_key_env: str = option("", "environment variable with the endpoint's key; empty: none is sent")
+    user_key_env: str = option("", "environment variable with the endpoint's key; empty: no key")
     user_temperature: float = option(1.0, "the user's sampling temperature", low=0)
     user_tokens: int = option(1024, "cap on the tokens of one answer of the user's model", low=1)
     user_context: int = option(8192, "local: cap on the tokens of a prompt and its answer", low=2)
-    user_dtype: str = option(
-        "auto", "local: fp32, bf16, or auto: bf16 on GPUs", ("auto", "fp32", "bf16"))
-    user_concurrency: int = option(32, "calls at a time, of each rank; local: dialogues a batch", low=1)
-    user_retries: int = option(5, "further tries of a call, and of an answer that is unreadable", low=0)
+    user_dtype: str = option("auto", "local: fp32, bf16, or auto: bf16 on GPUs", DTYPES)
+    user_concurrency: int = option(32, "calls at a time per rank; local: dialogues a batch", low=1)
+    user_retries: int = option(5, "further tries after a failed call or unreadable answer", low=0)
     user_timeout: float = option(60.0, "seconds for one try of a call", above=0)
     user_json: bool = option(True, "ask for JSON (response_format); dropped where that is refused")
     one_call: bool = option(False, "appraisal and answer in one call: half the latency")
     prompts: str = option("", "folder of the user's prompts; empty: prompts/LANGUAGE/MODE")
-    record: str = option(
-        "off", "off, record (write the user's answers down) or replay (read them, no network)",
-        ("off", "record", "replay"))
+    record: str = option("off", "off, record answers, or replay them", ("off", "record", "replay"))
     record_file: str = option("", "where answers are recorded; empty: record.jsonl in the run")
     # rollout
     groups: int = option(8, "people per step, all different", low=1)
@@ -75,112 +71,97 @@ class Config:
     reply_tokens: int = option(1024, "cap on sampled tokens a turn, thoughts included", low=1)
     context_tokens: int = option(8192, "cap on a dialogue's tokens, prompt included", low=2)
     temperature: float = option(1.0, "sampling temperature, in training log-probs too", above=0)
-    start_emotion: float = option(
-        30.0, "emotion a training dialogue starts with (RLVER 30, SAGE 40)", low=10, high=99)
+    start_emotion: float = option(30.0, "emotion at the start; RLVER 30, SAGE 40", low=10, high=99)
     strict_format: bool = option(
-        True, "a malformed think reply ends its dialogue with reward 0; false: it is shown as it is")
+        True, "a malformed think reply ends its dialogue with reward 0; false: it is shown as is")
     slots: int = option(32, "dialogues generated at the same time, on each rank", low=1)
     # learning
     algorithm: str = option("ppo", "ppo (a critic) or grpo (group baselines)", ("ppo", "grpo"))
     steps: int = option(350, "steps of the run, each a rollout and an update", low=1)
     lr: float = option(1e-6, "learning rate of the policy, after warm-up", above=0)
-    lr_schedule: str = option(
-        "constant", "rates after warm-up: constant, or linear (to 0 behind the last of `steps`)",
-        ("constant", "linear"))
+    lr_schedule: str = option("constant", "rates after warm-up: constant, or linear (to 0 behind "
+                              "the last of `steps`)", ("constant", "linear"))
     warmup: int = option(20, "steps of linear warm-up of the policy's learning rate", low=0)
-    critic: str = option(
-        "trunk", "ppo: a critic of its own (trunk) or a value head on the policy (head)",
-        ("trunk", "head"))
+    critic: str = option("trunk", "ppo: trunk (its own) or head (on the policy)", ("trunk", "head"))
     critic_lr: float = option(5e-6, "learning rate of the critic (or of the value head)", above=0)
     critic_warmup: int = option(50, "steps of linear warm-up of the critic's learning rate", low=0)
-    credit: str = option(
-        "final", "reward on the last token (final), or each change of emotion on its turn (turn)",
-        ("final", "turn"))
-    learn_from: int = option(
-        0, "dialogues of a group that are learnt from, the most varied (PODS); 0: all", low=0)
+    credit: str = option("final", "final (reward on the last token) or turn (each change "
+                         "of emotion on its turn)", ("final", "turn"))
+    learn_from: int = option(0, "dialogues trained on, a group's most varied (PODS); 0: all", low=0)
     gamma: float = option(1.0, "discount per trained token; credit=turn: per turn", low=0, high=1)
     lam: float = option(1.0, "GAE's lambda per trained token; credit=turn: per turn", low=0, high=1)
-    scale_advantage: bool = option(True, "grpo: divide by the group's spread; ppo: whiten advantages")
+    scale_advantage: bool = option(True, "grpo: divide by group spread; ppo: whiten advantages")
     minibatches: int = option(1, "optimiser steps an iteration; 1: strictly on-policy", low=1)
     epochs: int = option(1, "passes over the batch per iteration", low=1)
     clip: float = option(0.2, "PPO's clip range of the ratio", above=0)
     value_clip: float = option(0.5, "clip range of the value around its old prediction", low=0)
     vf_coef: float = option(0.5, "critic=head: weight of the value loss", low=0)
     entropy_coef: float = option(0.001, "weight of the entropy bonus", low=0)
-    kl_coef: float = option(0.0, "weight of the KL (k2) to the initial policy; 0: none is loaded", low=0)
+    kl_coef: float = option(0.0, "weight of KL (k2) to the initial policy; 0: none loaded", low=0)
     grad_clip: float = option(1.0, "largest gradient norm", above=0)
     # evaluation
     eval_every: int = option(0, "evaluate every so many steps; 0: never during training", low=0)
     eval_dialogues: int = option(1, "evaluation dialogues per profile", low=1)
     eval_max_turns: int = option(10, "replies a dialogue, the last not appraised (SAGE 10)", low=1)
     eval_temperature: float = option(1.0, "sampling temperature of evaluation", above=0)
-    eval_start_emotion: float = option(40.0, "emotion it starts with (SAGE 40)", low=10, high=99)
-    eval_user_mode: str = option("vanilla", "user of the evaluation", ("vanilla", "challenging"))
+    eval_start_emotion: float = option(40.0, "emotion at the start (SAGE 40)", low=10, high=99)
+    eval_user_mode: str = option("vanilla", "user of the evaluation: vanilla or challenging", MODES)
     eval_seed: int = option(1000, "seed of evaluation noise")
-    seeds: int = option(1, "times the benchmark is held, under eval_seed, eval_seed + 1, ...", low=1)
+    seeds: int = option(1, "times the benchmark is held: under eval_seed, eval_seed + 1 ...", low=1)
     # machine
     device: str = option("auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
-    precision: str = option(
-        "auto", "of forward and backward: fp32, bf16 (weights, gradient sums and Adam stay fp32; a "
-        "frozen base is kept in bf16), or auto: bf16 on GPUs", ("auto", "fp32", "bf16"))
-    micro_tokens: int = option(8192, "tokens a forward and backward; the gradient is the same", low=1)
+    precision: str = option("auto", "of forward and backward: fp32, bf16 (trained weights, "
+                            "gradient sums, Adam stay fp32), or auto: bf16 on GPUs", DTYPES)
+    micro_tokens: int = option(8192, "tokens per backward pass; the gradient is the same", low=1)
     checkpointing: bool = option(False, "recompute activations in the backward pass")
     shard: int = option(0, "ranks that share one copy of the weights (FSDP); 0: all", low=0)
-    generation: str = option(
-        "inplace", "whole weights for rollouts: inplace (gathered, then freed) or replica (a second "
-        "copy, 2 bytes a parameter in bf16, updated after each step)", ("inplace", "replica"))
+    generation: str = option("inplace", "weights in a rollout: inplace (gathered, then freed) or "
+                             "replica (a second copy of them)", ("inplace", "replica"))
     threads: int = option(0, "CPU threads; 0: torch's default", low=0)
     # run
     run: str = option("", "run directory; empty: runs/<name of the config file>")
     seed: int = option(0, "seed of data order, sampling noise and new weights")
-    resume: str = option(
-        "auto", "auto (newest checkpoint of the run), none (refuse a run that exists), or a checkpoint "
-        "folder, from which the run then goes on (its own later checkpoints are removed)")
+    resume: str = option("auto", "auto (newest checkpoint), none (refuse a run that exists) or a "
+                         "checkpoint to go on from (later ones of its run are removed)")
     save_every: int = option(5, "steps between checkpoints; 0: only the last step is saved", low=0)
     keep: int = option(2, "newest checkpoints kept; with eval_every also the best", low=1)
 
 
-# --help: first the options that most runs set, then the others by section, each named by its first option.
-FIRST = ("model", "algorithm", "think", "user", "user_url", "user_model", "profiles", "groups", "group_size", "steps",
-         "lr", "run")  # fmt: skip
-SECTIONS = {
-    "model": "model", "profiles": "people and user", "groups": "rollout", "algorithm": "learning",
-    "eval_every": "evaluation", "device": "machine", "run": "run",
-}  # fmt: skip
+# --help shows first what most runs set, then sections, each named here by its first option.
+FIRST = ("model", "algorithm", "think", "user", "user_url", "user_model", "profiles", "groups",
+         "group_size", "steps", "lr", "run")  # fmt: skip
+SECTIONS = {"model": "model", "profiles": "people and user", "groups": "rollout",
+            "algorithm": "learning", "eval_every": "evaluation", "device": "machine",
+            "run": "run"}  # fmt: skip
 
 # On resume these may differ from the saved config; anything else would change what the run means.
-MAY_CHANGE = (
-    "steps", "save_every", "keep", "eval_every", "resume", "run", "threads", "device", "user_url",
-    "user_key_env", "user_concurrency", "user_retries", "user_timeout", "record", "record_file", "shard",
-    "generation",
-)  # fmt: skip
+MAY_CHANGE = ("steps", "save_every", "keep", "eval_every", "resume", "run", "threads", "device",
+              "user_url", "user_key_env", "user_concurrency", "user_retries", "user_timeout",
+              "record", "record_file", "shard", "generation")  # fmt: skip
 
 
 def load_config(argv: list[str]) -> Config:
-    """Config from `[FILE.py] key=value ...`. Raises InputError naming the key and the nearest valid one."""
+    """Config from `[FILE.py] key=value ...`. Raises InputError that names a wrong key."""
     files = [arg for arg in argv if "=" not in arg]
     if len(files) > 1:
         raise InputError(f"{files[1]}: one config file is expected, and options as key=value")
     config = read_config_file(files[0]) if files else Config()
-    changes = {}
-    for arg in argv:
-        if "=" in arg:
-            key, text = arg.split("=", 1)
-            changes[key.removeprefix("--")] = text
+    changes = dict(arg.removeprefix("--").split("=", 1) for arg in argv if "=" in arg)
     config = apply(config, changes)
     if not config.run:
-        config = dataclasses.replace(config, run=f"runs/{Path(files[0]).stem if files else 'default'}")
+        name = Path(files[0]).stem if files else "default"
+        config = dataclasses.replace(config, run=f"runs/{name}")
     return check(config)
 
 
 def read_config_file(path: str) -> Config:
-    """The `config` that a Python config file binds."""
+    """The `config` that a Python file binds. Raises InputError for whatever goes wrong in it."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such config file; see configs/")
     try:
         names = runpy.run_path(path)
     except Exception as error:  # whatever the user's code may raise
-        # for Config(stpes=1) Python's message names the key
+        # For Config(stpes=1), Python's own message names the key between quotes.
         word = str(error).rsplit("'", 2) if isinstance(error, TypeError) else []
         hint, said = nearest(word[1]) if len(word) == 3 else "", " ".join(str(error).split())
         raise InputError(f"{path}: {type(error).__name__}: {said}{hint}") from None
@@ -192,8 +173,9 @@ def read_config_file(path: str) -> Config:
 def nearest(key: str) -> str:
     """A hint at the valid option whose name is nearest."""
     names = [f.name for f in dataclasses.fields(Config)]
-    near = difflib.get_close_matches(key, names, 1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else "; `python train.py --help` lists all options"
+    if near := difflib.get_close_matches(key, names, 1, cutoff=0.5):
+        return f"; did you mean {near[0]!r}?"
+    return "; `python train.py --help` lists all options"
 
 
 def apply(config: Config, changes: dict[str, str]) -> Config:
@@ -257,22 +239,20 @@ def check_value(f: dataclasses.Field, value) -> None:
 
 def check_learning(config: Config) -> None:
     """Combinations of options about the model, rollouts and updates."""
-    size, learn_from = config.group_size, config.learn_from
-    known = Config.lora_targets.split(",")
-    if config.lora_rank and not set(config.lora_targets.split(",")) <= set(known):
-        some, given = ", ".join(known), config.lora_targets
-        raise InputError(f"option 'lora_targets' is some of {some}, not {given!r}")
+    size, learn_from, cuts = config.group_size, config.learn_from, config.minibatches
+    tokens, cap = config.reply_tokens, config.context_tokens
+    given, known = config.lora_targets, Config.lora_targets.split(",")
+    if config.lora_rank and not set(given.split(",")) <= set(known):
+        raise InputError(f"option 'lora_targets' is some of {', '.join(known)}, not {given!r}")
     if config.algorithm == "grpo" and size < 2:
         alone = "a group of one has no baseline; or set algorithm=ppo"
         raise InputError(f"option 'group_size' must be at least 2 for grpo: {alone}")
     if learn_from == 1 or learn_from > size:
-        raise InputError(f"option 'learn_from' ({learn_from}) is 0, or at least 2 and at most 'group_size' "
-                         f"({size}): one dialogue has nothing to be compared with")
-    if config.reply_tokens >= config.context_tokens:
-        tokens, context = config.reply_tokens, config.context_tokens
-        raise InputError(f"option 'reply_tokens' ({tokens}) must be below 'context_tokens' ({context})")
-    if (dialogues := config.groups * (learn_from or size)) < config.minibatches:
-        cuts = config.minibatches
+        raise InputError(f"option 'learn_from' ({learn_from}) is 0, or at least 2 and at most "
+                         f"'group_size' ({size}): one dialogue has nothing to be compared with")
+    if tokens >= cap:
+        raise InputError(f"option 'reply_tokens' ({tokens}) must be below 'context_tokens' ({cap})")
+    if (dialogues := config.groups * (learn_from or size)) < cuts:
         raise InputError(f"option 'minibatches' ({cuts}) exceeds a step's dialogues ({dialogues})")
 
 
@@ -287,10 +267,11 @@ def check_user(config: Config) -> None:
                 way_out = "or user=offline, the rule-based user, which needs none"
                 raise InputError(f"option {needed!r} is empty: user=llm wants {example}; {way_out}")
     if config.user == "local" and not config.user_model and config.record != "replay":
-        raise InputError("option 'user_model' is empty: user=local wants a model's folder or hub name")
-    if config.user == "local" and config.user_tokens >= config.user_context:
-        tokens, context = config.user_tokens, config.user_context
-        raise InputError(f"option 'user_tokens' ({tokens}) must be below 'user_context' ({context})")
+        needed = "user=local wants a model's folder or hub name"
+        raise InputError(f"option 'user_model' is empty: {needed}")
+    tokens, cap = config.user_tokens, config.user_context
+    if config.user == "local" and tokens >= cap:
+        raise InputError(f"option 'user_tokens' ({tokens}) must be below 'user_context' ({cap})")
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -307,7 +288,7 @@ def read_saved(path: Path) -> Config:
 
 
 def help_text(command: str) -> str:
-    """Every option with its default and meaning: those that matter first, the others by section."""
+    """Every option with its meaning and default: what most runs set first, then by section."""
     lines = [f"usage: {command}", "", "Options are written key=value; defaults in brackets."]
     fields, rest = {f.name: f for f in dataclasses.fields(Config)}, []
     for name, f in fields.items():
@@ -334,17 +315,17 @@ def read_json(path: Path) -> dict:
             raise ValueError("an object is expected")
         return raw
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; a model folder and a checkpoint have one") from None
+        wrong = "no such file; a model folder and a checkpoint have one"
     except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
+        wrong = f"not JSON ({error})"
+    raise InputError(f"{path}: {wrong}")
 
 
 def read_rows(path: Path, torn: bool = False) -> list[tuple[str, dict]]:
-    """(where, row) of each line of a JSON-lines file, gzipped or not; `where`, FILE:LINE, begins errors.
+    """(where, row) of each line of a JSON-lines file, gzipped or not; `where` is FILE:LINE.
 
-    A line ends at a newline only: U+2028 may stand raw within one. `torn`: the file was written by
-    `add_rows`, and half a line that a kill left at its end is passed over. Raises InputError for a line
-    that is no JSON object.
+    A line ends at a newline only: U+2028 may stand raw within one. `torn`: half a line at the end,
+    left by a kill within `add_rows`, is passed over. Raises InputError for what is no JSON object.
     """
     data, rows = path.read_bytes(), []
     try:
@@ -353,16 +334,17 @@ def read_rows(path: Path, torn: bool = False) -> list[tuple[str, dict]]:
         raise InputError(f"{path}: not gzip, or cut short ({error})") from None
     lines = data.split(b"\n")
     for number, line in enumerate(lines[:-1] if torn else lines, 1):
-        if line.strip():
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except ValueError as error:
-                kind = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "not JSON"
-                raise InputError(f"{where}: {kind} ({error}); one object a line is expected") from None
-            if not isinstance(row, dict):
-                raise InputError(f"{where}: a {type(row).__name__}, where a JSON object is expected")
-            rows.append((where, row))
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except ValueError as error:
+            kind = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "not JSON"
+            raise InputError(f"{where}: {kind} ({error}); one object a line is expected") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: a {type(row).__name__}, where a JSON object is expected")
+        rows.append((where, row))
     return rows
 
 

@@ -1,9 +1,9 @@
 """Many processes as one: the process group, FSDP2 sharding, and whole weights for a rollout.
 
-A single process on a CPU needs none of it: `World()` is one rank, nothing is sharded, and every function here does
-the plain thing. Under torchrun, and on a GPU always, `shard` cuts every block with FSDP2 (bf16 compute, fp32 master
-weights and gradient sums). Ranks speak of dialogues and decisions as Python objects over gloo, which waits for hours;
-tensors of the model go over NCCL where there are GPUs. What is written to disk is checkpoint.py's business.
+`World()`, a single process on a CPU, shards nothing, and every function does the plain thing. Under
+torchrun, and on a GPU always, `shard` cuts every block with FSDP2 (bf16 compute, fp32 weights and
+gradient sums). Model tensors go over NCCL where there are GPUs. Dialogues and decisions are Python
+objects over gloo, which waits for hours. All ranks must see the same file system.
 """
 
 import os
@@ -26,7 +26,7 @@ PATIENCE = timedelta(hours=12)  # how long a rank waits for another whose users 
 
 @dataclass(frozen=True)
 class World:
-    """This process among its like. Without a mesh nothing is sharded; `dtype` is what forward computes in."""
+    """This process among its like. Nothing is sharded without a mesh; `dtype` is the forward's."""
 
     rank: int = 0
     size: int = 1
@@ -41,7 +41,7 @@ class World:
         return self.rank == 0
 
     def gather(self, mine: object) -> list:
-        """What every rank brought, in the order of ranks, on every rank; nobody goes on before all are here."""
+        """What every rank brought, in rank order, on every rank; each waits for all."""
         if self.size == 1:
             return [mine]
         everyone = [None] * self.size
@@ -61,37 +61,34 @@ def pick_device(config: Config) -> torch.device:
 
 
 def half_on_gpu(precision: str, device: torch.device) -> torch.dtype:
-    """What a model that is only asked computes in: bf16 on a GPU unless precision=fp32, else fp32."""
-    half = device.type == "cuda" and precision != "fp32"
-    return torch.bfloat16 if half else torch.float32
+    """The compute type of a model that is not trained: bf16 on a GPU unless precision=fp32."""
+    return torch.bfloat16 if device.type == "cuda" and precision != "fp32" else torch.float32
 
 
 def start(config: Config) -> World:
-    """Join the process group that torchrun describes, if any; a GPU alone makes a group of its own.
-
-    Raises InputError where `shard` or `precision` do not fit. All ranks must see the same file system.
-    """
+    """Join torchrun's group; a GPU alone makes its own. Raises InputError if options do not fit."""
     device, several = pick_device(config), int(os.environ.get("WORLD_SIZE", 1)) > 1
-    cuda = device.type == "cuda"
-    half = config.precision == "bf16" or (cuda and config.precision == "auto")
+    cuda, precision = device.type == "cuda", config.precision
+    dtype = torch.bfloat16 if precision == "bf16" else half_on_gpu(precision, device)
     if not several and not cuda:
-        if half:
-            raise InputError("option 'precision' is bf16, which a single process on a CPU cannot; use precision=fp32")
+        if dtype == torch.bfloat16:
+            cannot = "which a single process on a CPU cannot; use precision=fp32"
+            raise InputError(f"option 'precision' is bf16, {cannot}")
         return World(device=device)
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         alone = {} if several else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=None if cuda else PATIENCE, **alone)
+        backend, timeout = ("nccl", None) if cuda else ("gloo", PATIENCE)
+        dist.init_process_group(backend, timeout=timeout, **alone)
     size, shard = dist.get_world_size(), config.shard or dist.get_world_size()
     if size % shard:
         raise InputError(f"option 'shard' ({shard}) must divide the number of ranks ({size})")
-    if shard == size:
-        mesh = init_device_mesh(device.type, (size,))
-    else:
-        mesh = init_device_mesh(device.type, (size // shard, shard), mesh_dim_names=("replicate", "shard"))
+    copies = size // shard
+    shape, names = ((size,), None) if copies == 1 else ((copies, shard), ("replicate", "shard"))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     group = dist.new_group(backend="gloo", timeout=PATIENCE)
-    return World(dist.get_rank(), size, device, torch.bfloat16 if half else torch.float32, mesh, group)
+    return World(dist.get_rank(), size, device, dtype, mesh, group)
 
 
 def close() -> None:
@@ -101,23 +98,21 @@ def close() -> None:
 
 
 def shard(model: Transformer, world: World) -> None:
-    """Cut every block and the rest (embedding, norm, head) over the mesh. Before any forward, best on meta."""
+    """Cut every block and the rest (embedding, norm, head) over the mesh, before any forward."""
     if world.mesh is None:
         return
-    # cast_forward_inputs would make the fp32 rotary tables bf16
-    policy = MixedPrecisionPolicy(param_dtype=world.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # With cast_forward_inputs the fp32 rotary tables would become bf16.
+    mixed = MixedPrecisionPolicy(world.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.model.layers:
-        fully_shard(block, mesh=world.mesh, mp_policy=policy)
-    # The root stays whole between forward and backward, since log-probabilities use the output weight outside it.
-    fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(block, mesh=world.mesh, mp_policy=mixed)
+    # The root stays whole until backward, since log-probs use the output weight outside forward.
+    fully_shard(model, mesh=world.mesh, mp_policy=mixed, reshard_after_forward=False)
 
 
 @contextmanager
 def gathered(model: Transformer, world: World):
-    """Within this block all parameters are whole, and forward needs no other rank: for generation.
-
-    Every rank must enter; they may leave at different times.
-    """
+    """Whole parameters for generation, where forward must not need another rank."""
+    # Every rank must enter; they may leave at different times.
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
@@ -141,14 +136,12 @@ def release(model: Transformer) -> None:
 
 
 def make_replica(model: Transformer, config: Config, world: World) -> Transformer:
-    """A second, whole copy of the policy in the compute precision; `refill` gives it values.
-
-    Its adapter stays apart: merged into bf16 weights most of it would be rounded away.
-    """
+    """A second, whole copy of the policy in the compute precision; `refill` gives it values."""
+    targets = config.lora_targets.split(",")
     with torch.device("meta"):
         replica = Transformer(model.raw)
-        if config.lora_rank:
-            add_adapters(replica, ["policy"], config.lora_rank, config.lora_alpha, config.lora_targets.split(","))
+        if config.lora_rank:  # kept apart: merged into bf16 weights, most would be rounded away
+            add_adapters(replica, ["policy"], config.lora_rank, config.lora_alpha, targets)
     return replica.to(world.dtype).to_empty(device=world.device).requires_grad_(False)
 
 
@@ -161,26 +154,23 @@ def refill(replica: Transformer, model: Transformer) -> None:
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float, world: World) -> float:
-    """Average replicated gradients over ranks, scale all to a norm of at most `limit`; returns the norm before.
-
-    FSDP has averaged those of sharded parameters. The norm is that of the whole gradient, whoever holds it.
-    """
+    """Average gradients over ranks, scale all to a norm <= `limit`; returns the norm before."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     sharded = [g for g in gradients if isinstance(g, DTensor)]
     plain = [g for g in gradients if not isinstance(g, DTensor)]
-    if world.size > 1:
+    if world.size > 1:  # FSDP has averaged the sharded ones
         for g in plain:
             dist.all_reduce(g)
             g /= world.size
     norms = [whole(nn.utils.get_total_norm(part)) for part in (sharded, plain) if part]
-    norm = float(torch.stack(norms).norm())
+    norm = float(torch.stack(norms).norm())  # of the whole gradient, whoever holds it
     for g in gradients:
         g.mul_(min(1.0, limit / (norm + 1e-6)))
     return norm
 
 
 def rows(parameter: Tensor) -> slice:
-    """The rows of the whole tensor that this rank holds: all, or FSDP2's even cut along dimension 0."""
+    """The rows of the whole tensor that this rank holds: all, or FSDP2's even cut along dim 0."""
     if not isinstance(parameter, DTensor):
         return slice(0, parameter.shape[0])
     dim = parameter.placements.index(Shard(0))
@@ -191,7 +181,7 @@ def rows(parameter: Tensor) -> slice:
 
 
 def local(parameter: Tensor) -> Tensor:
-    """Where those rows lie."""
+    """The tensor of those rows."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 

@@ -1,12 +1,12 @@
-"""KV-cached batched generation: token ids in, token ids and log-probabilities out. Knows nothing of dialogues or text.
+"""KV-cached batched generation: token ids in, token ids and log-probabilities out.
 
-A dialogue owns one slot of the cache for its life. `submit` hands over a whole prompt; the engine keeps the longest
-prefix that the slot already holds and prefills only the rest. So a second user turn costs its own tokens (and the last
-sampled one, which has no KV yet), and cutting a thought out of the past needs no call of its own. `step` then either
-prefills everything submitted (ragged) or decodes one token for every live row.
+A dialogue owns one slot of the cache for its life. `submit` takes a whole prompt; the engine keeps
+the longest prefix that the slot holds and prefills only the rest. So a second user turn costs its
+own tokens (and the last sampled one, which has no KV yet), and a thought may be cut out of the past
+without a call of its own. `step` prefills all that was submitted, or decodes one token a live row.
 
-Sampling noise is counter-based: one hashed uniform a token, keyed by the request's key and the position within the
-turn, never by row or rank. The same dialogue gets the same noise alone or in any batch.
+Sampling noise is counter-based: one hashed uniform a token, keyed by the request's key and the
+position within the turn, never by row or rank. So a dialogue gets the same noise in any batch.
 """
 
 import math
@@ -28,7 +28,7 @@ def uniform(*key: int) -> float:
 
 
 class KVCache:
-    """Keys and values [layers, slots, G, capacity, K]. Which positions are valid is known to the attention contexts."""
+    """Keys and values [layers, slots, G, capacity, K]. Attention contexts know what is valid."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
         self.k = torch.zeros(shape, dtype=dtype, device=device)
@@ -36,7 +36,7 @@ class KVCache:
 
 
 class Prefill:
-    """Attention context for ragged prefill: row i brings `counts[i]` new tokens behind the `starts[i]` it holds."""
+    """Attention context for ragged prefill: row i puts `counts[i]` tokens behind `starts[i]`."""
 
     def __init__(self, cache: KVCache, slots: list[int], starts: list[int], counts: list[int]):
         self.cache, self.rows = cache, list(zip(slots, starts, counts))
@@ -48,41 +48,38 @@ class Prefill:
             keys, values = self.cache.k[layer, slot], self.cache.v[layer, slot]  # [G, capacity, K]
             keys[:, start:stop] = k[piece].transpose(0, 1)
             values[:, start:stop] = v[piece].transpose(0, 1)
-            # is_causal is aligned to the top left, hence wrong behind a non-empty cache: the mask comes from lengths.
+            # is_causal aligns its triangle to the top left: that is wrong behind a filled cache.
             position = torch.arange(stop, device=q.device)
             mask = position[None, :] <= position[start:, None]  # [count, stop]
-            attended = F.scaled_dot_product_attention(
-                q[piece].transpose(0, 1)[None], keys[None, :, :stop], values[None, :, :stop],
-                attn_mask=mask, enable_gqa=True,
-            )
+            qkv = q[piece].transpose(0, 1)[None], keys[None, :, :stop], values[None, :, :stop]
+            attended = F.scaled_dot_product_attention(*qkv, attn_mask=mask, enable_gqa=True)
             out[piece] = attended[0].transpose(0, 1)
             begin += count
         return out
 
 
 class Decode:
-    """Attention context for one new token a row; row i writes at `position[i]` of its slot and sees all up to there."""
+    """Attention context for one new token a row, at `position[i]`; it sees all up to there."""
 
     def __init__(self, cache: KVCache, slot_B: Tensor, position_B: Tensor):
         self.cache, self.slot, self.position = cache, slot_B, position_B
         self.reach = int(position_B.max()) + 1
-        self.mask = (torch.arange(self.reach, device=slot_B.device) <= position_B[:, None])[:, None, None, :]
+        seen = torch.arange(self.reach, device=slot_B.device) <= position_B[:, None]
+        self.mask = seen[:, None, None, :]  # [B, 1, 1, reach]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.cache.k[layer], self.cache.v[layer]  # [slots, G, capacity, K]
         keys[self.slot, :, self.position] = k
         values[self.slot, :, self.position] = v
-        groups = k.shape[1]
-        query = q.unflatten(1, (groups, -1))  # [B, G, H/G, K]: cheaper than repeating keys for one-token queries
-        out = F.scaled_dot_product_attention(
-            query, keys[self.slot, :, : self.reach], values[self.slot, :, : self.reach], attn_mask=self.mask
-        )
+        query = q.unflatten(1, (k.shape[1], -1))  # [B, G, H/G, K], cheaper than repeating the keys
+        keys, values = keys[self.slot, :, : self.reach], values[self.slot, :, : self.reach]
+        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=self.mask)
         return out.flatten(1, 2)
 
 
 @dataclass
 class Row:
-    """One turn being sampled. `cap` bounds the sampled ids; `stop` is set when it ends: eos, cap or context."""
+    """One turn, of at most `cap` sampled ids; `stop` says why it has ended: eos, cap or context."""
 
     slot: int
     prompt: list[int]
@@ -95,20 +92,18 @@ class Row:
 
 
 class Engine:
-    """Batched sampling from one model. `slots` dialogues live at a time, each of at most `capacity` tokens.
+    """Batched sampling from one model: `slots` dialogues at a time, of at most `capacity` tokens.
 
-    temperature 0 is greedy (log-probabilities are then those at temperature 1). With a `value_head` each sampled id
-    also gets the critic's value of the state before it, from the hidden state at hand. Weights may change only between
-    `forget` calls: stored keys and values belong to the weights that made them.
+    temperature 0 is greedy, with the log-probabilities of temperature 1. With a `value_head` an id
+    also gets the critic's value of the state before it. Call `forget` whenever the weights change.
     """
 
     def __init__(
-        self, model: Transformer, banned_V: Tensor, stop_ids: tuple[int, ...], slots: int, capacity: int,
-        temperature: float, value_head: ValueHead | None = None, prefill_tokens: int = PREFILL,
-        dtype: torch.dtype | None = None,
-    ):
-        c = model.config
-        weight = model.output_weight
+        self, model: Transformer, banned_V: Tensor, stop_ids: tuple[int, ...], slots: int,
+        capacity: int, temperature: float, value_head: ValueHead | None = None,
+        prefill_tokens: int = PREFILL, dtype: torch.dtype | None = None,
+    ):  # fmt: skip
+        c, weight = model.config, model.output_weight
         self.model, self.banned, self.stop_ids = model, banned_V.to(weight.device), stop_ids
         self.capacity, self.temperature, self.prefill_tokens = capacity, temperature, prefill_tokens
         self.value_head = value_head
@@ -125,36 +120,32 @@ class Engine:
         return bool(self.waiting or self.live)
 
     def forget(self) -> None:
-        """Drop all stored keys, values and rows: after every weight update."""
+        """Drop all rows, keys and values: they belong to the weights that made them."""
         self.cache.k.zero_()  # a NaN left behind would survive its mask: 0 x NaN is NaN
         self.cache.v.zero_()
         self.held = [[] for _ in self.held]
         self.waiting, self.live = [], []
 
     def submit(self, slot: int, prompt: list[int], key: tuple[int, ...], cap: int) -> None:
-        """Queue one turn: sample up to `cap` ids behind `prompt`, less where the slot ends. `key` names its noise."""
-        room = self.capacity - len(prompt)
-        if room < 1:
-            raise ValueError(f"a prompt of {len(prompt)} tokens leaves no room in a slot of {self.capacity}")
-        self.waiting.append(Row(slot, prompt, key, min(cap, room)))
+        """Queue a turn of at most `cap` ids, fewer if the slot is full; `key` seeds its noise."""
+        size, capacity = len(prompt), self.capacity
+        if size >= capacity:
+            raise ValueError(f"a prompt of {size} tokens leaves no room in a slot of {capacity}")
+        self.waiting.append(Row(slot, prompt, key, min(cap, capacity - size)))
 
     @torch.no_grad()
     def step(self) -> list[Row]:
-        """Prefill all that waits, or else decode one token a live row. Returns the rows that ended, in slot order.
-
-        Raises FloatingPointError for logits that are not finite.
-        """
+        """Prefill what waits, else decode one token a live row; returns the ended rows, by slot."""
         rows = sorted(self.waiting or self.live, key=lambda row: row.slot)
         hidden = self.prefill(rows) if self.waiting else self.decode(rows)
         if self.waiting:
             self.live, self.waiting = self.live + rows, []
         self.sample(rows, hidden)
-        ended = [row for row in rows if row.stop]
         self.live = [row for row in self.live if not row.stop]
-        return ended
+        return [row for row in rows if row.stop]
 
     def prefill(self, rows: list[Row]) -> Tensor:
-        """Bring each row's slot up to its prompt; hidden states [B, D] of the last prompt tokens."""
+        """Bring each row's slot up to its prompt; hidden states [B, D] of the last prompt ids."""
         last, batch, size = [], [], 0
         starts = {row.slot: self.keep(row) for row in rows}
         for row in rows:
@@ -168,7 +159,7 @@ class Engine:
         return torch.cat(last)
 
     def keep(self, row: Row) -> int:
-        """How many tokens of the prompt the slot holds; at least one is left to prefill, for its hidden state."""
+        """How many ids of the prompt the slot holds; the last is redone, for its hidden state."""
         held, limit, common = self.held[row.slot], len(row.prompt) - 1, 0
         while common < min(len(held), limit) and held[common] == row.prompt[common]:
             common += 1
@@ -179,18 +170,19 @@ class Engine:
         device = self.cache.k.device
         begins = [starts[row.slot] for row in rows]
         counts = [len(row.prompt) - begin for row, begin in zip(rows, begins)]
-        tokens = torch.tensor([t for row, begin in zip(rows, begins) for t in row.prompt[begin:]], device=device)
-        position = torch.cat(
-            [torch.arange(begin, begin + count, device=device) for begin, count in zip(begins, counts)]
-        )
+        ids = [t for row, begin in zip(rows, begins) for t in row.prompt[begin:]]
+        positions = [t for row, begin in zip(rows, begins) for t in range(begin, len(row.prompt))]
+        tokens, position = (torch.tensor(part, device=device) for part in (ids, positions))
         context = Prefill(self.cache, [row.slot for row in rows], begins, counts)
         self.tokens_prefilled += len(tokens)
-        return self.model(tokens, position, context)[torch.tensor(counts, device=device).cumsum(0) - 1]
+        last = torch.tensor(counts, device=device).cumsum(0) - 1
+        return self.model(tokens, position, context)[last]
 
     def decode(self, rows: list[Row]) -> Tensor:
         """Give each row's last sampled id its KV; hidden states [B, D] that predict the next."""
         device = self.cache.k.device
-        position = torch.tensor([len(row.prompt) + len(row.sampled) - 1 for row in rows], device=device)
+        behind = [len(row.prompt) + len(row.sampled) - 1 for row in rows]
+        position = torch.tensor(behind, device=device)
         tokens = torch.tensor([row.sampled[-1] for row in rows], device=device)
         for row in rows:
             self.held[row.slot].append(row.sampled[-1])
@@ -198,8 +190,9 @@ class Engine:
         return self.model(tokens, position, Decode(self.cache, slots, position))
 
     def sample(self, rows: list[Row], hidden_BD: Tensor) -> None:
-        """Append one sampled id and its log-probability to each row, and set `stop` where the turn ends."""
-        logits = sampling_logits(hidden_BD, self.model.output_weight, self.banned, self.temperature or 1.0)
+        """Add a sampled id to each row, set `stop`. Raises FloatingPointError if logits are NaN."""
+        weight, temperature = self.model.output_weight, self.temperature or 1.0
+        logits = sampling_logits(hidden_BD, weight, self.banned, temperature)
         total = logits.logsumexp(-1)
         if not torch.isfinite(total).all():
             raise FloatingPointError("logits are not finite during sampling")
@@ -207,7 +200,8 @@ class Engine:
             choice = logits.argmax(-1)
         else:
             noise = [uniform(*row.key, len(row.sampled)) for row in rows]
-            choice = inverse_cdf(logits, torch.tensor(noise, dtype=torch.float64, device=logits.device))
+            noise_B = torch.tensor(noise, dtype=torch.float64, device=logits.device)
+            choice = inverse_cdf(logits, noise_B)
         logp = logits.gather(-1, choice[:, None]).squeeze(-1) - total
         value = self.value_head(hidden_BD) if self.value_head else torch.zeros_like(logp)
         self.tokens_sampled += len(rows)
@@ -222,7 +216,7 @@ class Engine:
 
 
 def inverse_cdf(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """One id per row: the first whose cumulative probability exceeds the row's uniform. fp64 sums: the tail counts."""
+    """One id a row: the first whose cumulative probability, in fp64, exceeds the row's uniform."""
     cumulative = logits_BV.softmax(-1).double().cumsum(-1)
     target = uniform_B[:, None] * cumulative[:, -1:]
     choice = torch.searchsorted(cumulative, target, right=True).squeeze(-1)

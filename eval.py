@@ -7,16 +7,16 @@
     python eval.py compare LOG_A LOG_B          paired bootstrap of the difference
 
 The protocol is SAGE's (arXiv 2505.02847, section 2): emotion starts at 40, the model replies at
-most 10 times and the last reply is not appraised; score = mean final emotion, success = at 100,
+most 10 times, a tenth reply is not appraised; score = mean final emotion, success = at 100,
 failure = below 10. Logs are JSON lines in SAGE's format, gzipped or not; SAGE's own can be scored
 and verified too.
 """
 
-import dataclasses
 import hashlib
 import json
 import sys
 from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -47,26 +47,27 @@ from update import make_model
 from users import make_user, user_name
 from users.llm_user import LLMUser, prompt_folders, usage_metrics
 
-EVAL_STREAM = 1 << 32  # stands where a training step's number does, and is never one
+EVAL_STREAM = 1 << 32  # takes the place of a training step's number, and no step reaches it
 MEGABYTE = 1 << 20
-ENDINGS = (".json", ".safetensors", ".txt")  # of the files that make a model, a checkpoint, or prompts
+ENDINGS = (".json", ".safetensors", ".txt")  # of a model's files, a checkpoint's, and prompts
+Part = tuple[dict[tuple, dict], tuple]  # what one rank's `evaluate` returns
 
 
 def evaluate(
     config: Config, model: Transformer, tokenizer, world: World, log: Path | None = None, check=None
-) -> tuple[dict[tuple, dict], tuple]:
-    """Hold `eval_dialogues` dialogues with each profile under each seed; at every call with the same noise.
+) -> Part:
+    """Hold this rank's share: under each seed, `eval_dialogues` dialogues with each profile.
 
-    Returns log lines by (seed, *key), and the use of a language model as the user (`LLMUser.drain`); of
-    several ranks each holds its share. With `log` every dialogue is written there as it ends, and those
-    that it holds already are not held again; failed ones are. `check` as in `Stage.hold`.
+    The noise is the same at every call. Returns log lines by (seed, *key), and what the user's
+    language model cost (`LLMUser.drain`). Each dialogue is written to `log` as it ends; those it
+    holds already are held again only where they failed. `check` as in `Stage.hold`.
     """
     chat, talk = make_chat(tokenizer, config.think), make_talk(config, training=False)
     profiles = load_profiles(config.eval_profiles)
     rows = {(row["seed"], *row["key"]): row for row in held_before(log)}
     mine = range(world.rank, len(profiles), world.size)
     numbers = [(i, j) for i in mine for j in range(config.eval_dialogues)]
-    own = dataclasses.replace(config, temperature=config.eval_temperature)
+    own = replace(config, temperature=config.eval_temperature)
     engine, spent = make_engine(own, model, chat, len(numbers), dtype=world.dtype), (Counter(), [])
     seeds = range(config.eval_seed, config.eval_seed + config.seeds)
     total = len(seeds) * len(numbers) * talk.max_turns
@@ -80,10 +81,8 @@ def evaluate(
                     add_rows(log, [row])
 
             said = {i: row["history"][0]["content"] for (s, i, _), row in rows.items() if s == seed}
-            jobs = [
-                Job((i, j), dataclasses.replace(profiles[i], first_talk=said.get(i, profiles[i].first_talk)))
-                for i, j in numbers if (seed, i, j) not in rows
-            ]  # fmt: skip
+            who = [replace(p, first_talk=said.get(i, p.first_talk)) for i, p in enumerate(profiles)]
+            jobs = [Job((i, j), who[i]) for i, j in numbers if (seed, i, j) not in rows]
             user = make_user(config, config.eval_start_emotion, config.eval_user_mode)
             engine.forget()
             Stage(engine, chat, user, talk).hold(jobs, (seed, EVAL_STREAM), bar.update, keep, check)
@@ -92,17 +91,15 @@ def evaluate(
     return rows, spent
 
 
-def join_evaluation(
-    config: Config, parts: list[tuple[dict[tuple, dict], tuple]]
-) -> tuple[list[dict], dict]:
-    """All ranks' `evaluate` as log lines by seed and key, and metrics of the user's use, if any."""
+def join_evaluation(config: Config, parts: list[Part]) -> tuple[list[dict], dict]:
+    """All ranks' log lines in the order of seed and key, and what a user's language model cost."""
     rows = {key: row for found, _ in parts for key, row in found.items()}
     cost = {} if config.user == "offline" else usage_metrics([spent for _, spent in parts])
     return [rows[key] for key in sorted(rows)], cost
 
 
 def held_before(log: Path | None) -> list[dict]:
-    """The completed dialogues in the log of an interrupted evaluation; the others leave the file."""
+    """The completed dialogues in an interrupted evaluation's log; failed ones leave the file."""
     if not log or not log.is_file():
         return []
     kept = [row for row in own_rows(log) if row["status"] == "ok"]
@@ -111,7 +108,7 @@ def held_before(log: Path | None) -> list[dict]:
 
 
 def command_run(argv: list[str]) -> int:
-    """Hold the benchmark with a model folder, a hub name or a run: its model, else its newest checkpoint.
+    """Hold the benchmark with a model folder, a hub name, or a run's model or newest checkpoint.
 
     Writes dialogues.jsonl, result.json and result.txt. An interrupted one goes on where it stopped.
     """
@@ -120,24 +117,24 @@ def command_run(argv: list[str]) -> int:
     source, options = argv[0], [arg for arg in argv[1:] if not arg.startswith("out=")]
     out = next((arg[4:] for arg in argv[1:] if arg.startswith("out=")), "")
     run = Path(source) if (Path(source) / "env.txt").is_file() else None  # a model folder has none
-    if run and not any(not arg.count("=") for arg in options):
-        saved = dataclasses.asdict(read_saved(run / "config.json"))
+    if run and all("=" in arg for arg in options):
+        saved = asdict(read_saved(run / "config.json"))
         options = [f"{k}={v}" for k, v in saved.items() if v != getattr(Config(), k)] + options
     config = load_config(options)
-    # Of a LoRA run the checkpoint even if it is finished: merged into bf16 an adapter is rounded away.
+    # For a LoRA run, the checkpoint: merging the adapter into bf16 weights would round it away.
     wanted = run and (config.lora_rank or not (run / "model").is_dir())
     newest = checkpoints(run)[-1:] if wanted else []
     if run and not newest and not (run / "model").is_dir():
         raise InputError(f"{run}: has neither {run / 'model'} nor a checkpoint yet; train on")
     name = str(newest[0] if newest else run / "model" if run else source)
-    where = run / "eval" / (newest[0].name if newest else "final") if run else Path("runs") / f"eval-{Path(name).name}"
-    folder, device = Path(out or where), pick_device(config)
+    within, device = f"eval/{newest[0].name if newest else 'final'}", pick_device(config)
+    folder = Path(out or (run / within if run else f"runs/eval-{Path(name).name}"))
     world = World(device=device, dtype=half_on_gpu(config.precision, device))
     files = newest[0] if newest else find_folder(name) if not name.endswith(".json") else Path(name)
     settings = describe(config, f"{name} ({fingerprint(files)})", world)
     log = begin_evaluation(folder, settings)
     tokenizer = load_tokenizer(config.tokenizer or (config.model if newest else name))
-    make_user(config, config.eval_start_emotion, config.eval_user_mode)  # raises before weights are loaded
+    make_user(config, config.eval_start_emotion, config.eval_user_mode)  # before weights are loaded
     if newest:
         model = restore_policy(config, newest[0], world)
     else:
@@ -145,11 +142,10 @@ def command_run(argv: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
     try:
-        part = evaluate(config, model, tokenizer, world, log)
+        rows, cost = join_evaluation(config, [evaluate(config, model, tokenizer, world, log)])
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on from {log}", file=sys.stderr)
         return 130
-    rows, cost = join_evaluation(config, [part])
     failed = [row for row in rows if row["status"] != "ok"]
     if len(failed) > MAX_FAILED * len(rows):
         why = f"{len(failed)} of {len(rows)} users failed; the first: {failed[0]['why']}"
@@ -169,9 +165,10 @@ def restore_policy(config: Config, checkpoint: Path, world: World) -> Transforme
 
 
 def command_export(argv: list[str]) -> int:
-    """A checkpoint's policy as a Hugging Face folder; of a LoRA run merged, the adapter in OUT/adapter."""
+    """A checkpoint as a Hugging Face folder; an adapter is merged, and also in OUT/adapter."""
     if len(argv) != 2:
-        raise InputError("eval.py export wants a checkpoint, RUN/ckpt/step_N, and the folder to write")
+        what = "a checkpoint, RUN/ckpt/step_N, and the folder to write"
+        raise InputError(f"eval.py export wants {what}")
     checkpoint, out = (Path(arg) for arg in argv)
     check_files(checkpoint)
     config = read_saved(checkpoint.resolve().parent.parent / "config.json")
@@ -189,10 +186,7 @@ def command_export(argv: list[str]) -> int:
 
 
 def begin_evaluation(folder: Path, settings: dict) -> Path:
-    """Where dialogues are kept until the evaluation is done.
-
-    Raises InputError if the folder holds anything else, or was begun with other settings.
-    """
+    """The log of an evaluation in progress. Raises InputError if its folder is not for this one."""
     log = folder / "dialogues.partial.jsonl"
     check_writable(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -201,18 +195,19 @@ def begin_evaluation(folder: Path, settings: dict) -> Path:
             what = "holds an evaluation already" if done else "is not an empty folder"
             raise InputError(f"{folder}: {what}; give another out=DIR or remove it")
         before = read_json(folder / "settings.json")
-        for key in settings:
-            if before.get(key) != settings[key]:
-                was = f"{key} {before.get(key)}"
-                raise InputError(f"{folder}: was begun with {was}, not {settings[key]}; give another out=DIR")
+        for key, now in settings.items():
+            if before.get(key) != now:
+                change = f"{key} {before.get(key)}, not {now}"
+                raise InputError(f"{folder}: was begun with {change}; give another out=DIR")
     return log
 
 
 def fingerprint(*paths: Path) -> str:
-    """8 hex digits of files' contents, and of a folder's JSON and weights; of large files both ends."""
+    """8 hex digits of the contents of files and folders; of a large file only its two ends."""
     digest = hashlib.sha256()
     for path in paths:
-        for file in sorted(f for f in path.glob("*") if f.suffix in ENDINGS) if path.is_dir() else [path]:
+        inside = sorted(file for file in path.glob("*") if file.suffix in ENDINGS)
+        for file in inside if path.is_dir() else [path]:
             with open(file, "rb") as data:
                 size = data.seek(0, 2)
                 for begin in {0, max(0, size - MEGABYTE)}:
@@ -223,7 +218,7 @@ def fingerprint(*paths: Path) -> str:
 
 
 def describe(config: Config, model: str, world: World) -> dict:
-    """What a result depends on. Files are named with their contents, since a path may come to hold others."""
+    """What a result depends on. Paths come with fingerprints, since files may change."""
     people, systems = Path(config.eval_profiles), make_talk(config, training=False).systems
     words = hashlib.sha256(json.dumps(systems).encode()).hexdigest()[:8]
     user = user_name(config, config.eval_user_mode)
@@ -232,26 +227,18 @@ def describe(config: Config, model: str, world: World) -> dict:
         where = config.user_url or config.user_dtype
         user += f", prompts {fingerprint(*folders)}, at most {config.user_tokens} tokens, {where}"
     return {
-        "model": model,
-        "precision": str(world.dtype).removeprefix("torch."),
-        "user": user,
+        "model": model, "precision": str(world.dtype).removeprefix("torch."), "user": user,
         "profiles": f"{people} ({fingerprint(people)})",
-        "dialogues_per_profile": config.eval_dialogues,
-        "max_turns": config.eval_max_turns,
-        "reply_tokens": config.reply_tokens,
-        "context_tokens": config.context_tokens,
-        "temperature": config.eval_temperature,
-        "start_emotion": config.eval_start_emotion,
+        "dialogues_per_profile": config.eval_dialogues, "max_turns": config.eval_max_turns,
+        "reply_tokens": config.reply_tokens, "context_tokens": config.context_tokens,
+        "temperature": config.eval_temperature, "start_emotion": config.eval_start_emotion,
         "seeds": list(range(config.eval_seed, config.eval_seed + config.seeds)),
-        "think": config.think,
-        "system": f"{config.system or 'our prompts'} ({words})",
-    }
+        "think": config.think, "system": f"{config.system or 'our prompts'} ({words})",
+    }  # fmt: skip
 
 
-def write_evaluation(
-    folder: Path, config: Config, settings: dict, rows: list[dict], cost: dict
-) -> dict:
-    """dialogues.jsonl, result.txt and result.json, which name the settings; returns the summary."""
+def write_evaluation(folder: Path, config: Config, settings: dict, rows: list, cost: dict) -> dict:
+    """Write dialogues.jsonl, result.txt and result.json, with settings; returns the summary."""
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / "dialogues.jsonl", rows)
     text = "\n".join(f"{key}: {value}" for key, value in (settings | cost).items())
@@ -260,14 +247,12 @@ def write_evaluation(
     (folder / "result.txt").write_text(f"{text}\n\n{table}\n")
     save_config(config, folder / "config.json")
     result = summary(rows)
-    by_seed = {seed: summary([row for row in rows if row["seed"] == seed]) for seed in settings["seeds"]}
     whole = {
-        **without_nan(result),
-        "interval": interval(rows) if result["n"] else None,
-        "seeds": [{"seed": seed, **without_nan(found)} for seed, found in by_seed.items()],
-        "settings": settings,
-        "cost": cost,
-    }
+        **without_nan(result), "interval": interval(rows) if result["n"] else None,
+        "seeds": [{"seed": seed, **without_nan(summary([r for r in rows if r["seed"] == seed]))}
+                  for seed in settings["seeds"]],
+        "settings": settings, "cost": cost,
+    }  # fmt: skip
     (folder / "result.json").write_text(json.dumps(whole, indent=1) + "\n")
     (folder / "dialogues.partial.jsonl").unlink(missing_ok=True)
     return result
@@ -280,7 +265,8 @@ def command_score(argv: list[str]) -> int:
         raise InputError("eval.py score wants one log or more")
     logs = {path: read_log(path) for path in paths}
     if "--json" in argv:
-        print(json.dumps([{"file": path, **without_nan(summary(rows))} for path, rows in logs.items()], indent=1))
+        found = [{"file": path, **without_nan(summary(rows))} for path, rows in logs.items()]
+        print(json.dumps(found, indent=1))
     else:
         print("\n\n".join(score_text(path, rows) for path, rows in logs.items()))
     return 0
@@ -298,7 +284,8 @@ def command_verify(argv: list[str]) -> int:
             try:
                 wrong += mismatches(row, where)
             except (KeyError, TypeError, ValueError) as error:
-                raise InputError(f"{where}: not of SAGE's log format ({type(error).__name__}: {error})") from None
+                why = f"{type(error).__name__}: {error}"
+                raise InputError(f"{where}: not of SAGE's log format ({why})") from None
     print("\n".join([*wrong, f"{len(wrong)} mismatches in {count} dialogues"]))
     return 1 if wrong else 0
 
@@ -318,15 +305,14 @@ def command_compare(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS = {
-    "run": command_run, "export": command_export, "score": command_score, "verify": command_verify,
-    "compare": command_compare,
-}  # fmt: skip
+COMMANDS = {"run": command_run, "export": command_export, "score": command_score,
+            "verify": command_verify, "compare": command_compare}  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__.strip() + "\n\n" + help_text("python eval.py run MODEL_OR_RUN [config.py] key=value ..."))
+        usage = "python eval.py run MODEL_OR_RUN [config.py] key=value ..."
+        print(f"{__doc__.strip()}\n\n{help_text(usage)}")
         return 0
     if argv[0] not in COMMANDS:
         raise InputError(f"eval.py has no command {argv[0]!r}; known are {', '.join(COMMANDS)}")

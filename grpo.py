@@ -1,7 +1,7 @@
-"""GRPO as pure functions: a dialogue's advantage is its reward against its group's (arXiv 2402.03300, section 4.1).
+"""GRPO as pure functions: a dialogue's reward against its group's (arXiv 2402.03300, section 4.1).
 
-A group is the dialogues held with one profile in one step. Statistics count dialogues, whatever number of turns or
-trajectories each has. The loss itself is PPO's clipped surrogate, with one denominator for the whole step.
+A group is the dialogues held with one profile in one step. Statistics count dialogues, whatever
+number of turns or trajectories each has. The loss is PPO's clipped surrogate.
 """
 
 from statistics import fmean, pstdev, pvariance
@@ -12,13 +12,13 @@ from simulator import Key
 def group_advantages(
     to_go: dict[Key, list[float]], scale: bool
 ) -> tuple[dict[Key, list[float]], float]:
-    """Advantage per action: the reward still to come from it, minus the mean of its group's same action.
+    """Advantage per action: the reward still to come, minus the mean of its group's same action.
 
-    `to_go` holds completed dialogues only: one number each where a dialogue is one action, or one a turn. Divided by
-    the group's spread if `scale`. A dialogue that is alone in its group has no baseline and is dropped: its key is
-    absent from the result. A turn that no other member has reached has no baseline either and gets 0. Also returns the
-    share of groups without any spread, which teach nothing (with turns, the mean of that over turns).
-        (0, 0): [.9, .5]  (0, 1): [.1]  (1, 0): [.3]  ->  (0, 0): [.4, 0]  (0, 1): [-.4]    without scale
+    `to_go` has completed dialogues only: one number where a dialogue is one action, or one a turn.
+    `scale` divides by the group's spread. Dialogues alone in their group have no baseline and are
+    dropped; a turn that no other member has reached has none either and gets 0. Also returns the
+    share of groups without spread, which teach nothing (by turn, the mean of that over turns).
+        (0, 0): [.9, .5]  (0, 1): [.1]  (1, 0): [.3]  ->  (0, 0): [.4, 0]  (0, 1): [-.4]   unscaled
     """
     groups: dict[int, list[Key]] = {}
     for key in sorted(to_go):
@@ -41,10 +41,10 @@ def group_advantages(
 
 
 def most_varied(rewards: dict[Key, float], count: int) -> set[Key]:
-    """The `count` dialogues of each group whose rewards vary most: some of the lowest, the others of the highest.
+    """The `count` dialogues of each group whose rewards vary most: some lowest and some highest.
 
-    Rolling out is cheaper than learning, and those between the extremes teach little (PODS, arXiv 2504.13818,
-    section 3: the subset of largest variance is always such a union). A smaller group is kept whole.
+    Rolling out is cheaper than learning, and those between the extremes teach little (PODS, arXiv
+    2504.13818, section 3: the subset of largest variance is such a union). Small groups stay whole.
     """
     groups: dict[int, list[Key]] = {}
     for key in sorted(rewards, key=lambda key: (rewards[key], key)):

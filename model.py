@@ -1,14 +1,14 @@
-"""The Transformer: Qwen2/2.5, Qwen3 and the Llama family in one class, with or without low-rank adapters.
+"""The Transformer: Qwen2/2.5, Qwen3 and Llama in one class, with or without low-rank adapters.
 
-Module names are Hugging Face's, so loading (`checkpoint.py`) needs no map. The model does not know who is asking:
-`forward` takes packed token ids, their positions, and an attention context, a callable `attend(layer, q, k, v) -> out`.
-`PackedAttention` below is the context for training (documents side by side); `engine.py` has the one for generation.
+Module names are Hugging Face's, so that checkpoint.py can load weights without a map. `forward`
+takes packed token ids, their positions, and an attention context `attend(layer, q, k, v) -> out`:
+`PackedAttention` below for training (documents side by side), those of engine.py for generation.
 
-LoRA: `add_adapters` freezes the weights and puts low-rank adapters beside them, by name. Which one takes part is an
-argument of `forward`: one frozen base is the policy with "policy", the critic with "critic", the reference with none.
+LoRA: `add_adapters` freezes the weights and puts named adapters beside them. An argument of
+`forward` chooses one, so that one frozen base is the policy, the critic and the reference.
 
-Shape suffixes: T packed tokens, N trained tokens, D width, H query heads, G key/value heads, K head width,
-V vocabulary.
+Shape suffixes: T packed tokens, N trained tokens, D width, H query heads, G key/value heads,
+K head width, V vocabulary.
 """
 
 import math
@@ -24,6 +24,7 @@ from config import InputError
 
 CHUNK = 1024  # tokens whose logits exist at the same time in training
 FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+Rope = tuple[Tensor, Tensor]  # cosines and sines of the rotary embedding
 
 
 @dataclass(frozen=True)
@@ -49,51 +50,46 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, raw: dict, where: str) -> "ModelConfig":
-        """From a parsed config.json. Raises InputError for what this model cannot compute exactly."""
+        """From a config.json. Raises InputError for what this model cannot compute exactly."""
         family = raw.get("model_type")
         if family not in FAMILIES:
-            raise InputError(f"{where}: architecture {family!r} is not supported; known are {', '.join(FAMILIES)}")
+            known = f"known are {', '.join(FAMILIES)}"
+            raise InputError(f"{where}: architecture {family!r} is not supported; {known}")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         scaling = rope.get("rope_type", rope.get("type", "default"))
         if scaling != "default":
-            raise InputError(f"{where}: rope scaling {scaling!r} is not supported; use a model without it")
-        if raw.get("use_sliding_window") or raw.get("mlp_bias") or raw.get("hidden_act", "silu") != "silu":
-            raise InputError(f"{where}: sliding windows, MLP biases and activations other than silu are not supported")
+            advice = "is not supported; use a model without it"
+            raise InputError(f"{where}: rope scaling {scaling!r} {advice}")
+        activation = raw.get("hidden_act", "silu")
+        if raw.get("use_sliding_window") or raw.get("mlp_bias") or activation != "silu":
+            unable = "sliding windows, MLP biases and activations other than silu are not supported"
+            raise InputError(f"{where}: {unable}")
         try:
-            heads = raw["num_attention_heads"]
-            bias = raw.get("attention_bias", False)
+            heads, bias = raw["num_attention_heads"], raw.get("attention_bias", False)
             return cls(
-                family=family,
-                vocab_size=raw["vocab_size"],
-                hidden_size=raw["hidden_size"],
-                intermediate_size=raw["intermediate_size"],
-                num_layers=raw["num_hidden_layers"],
-                num_heads=heads,
-                num_kv_heads=raw.get("num_key_value_heads") or heads,
+                family=family, num_layers=raw["num_hidden_layers"], vocab_size=raw["vocab_size"],
+                hidden_size=raw["hidden_size"], intermediate_size=raw["intermediate_size"],
+                num_heads=heads, num_kv_heads=raw.get("num_key_value_heads") or heads,
                 head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
                 rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
-                norm_eps=raw["rms_norm_eps"],
-                tied=raw.get("tie_word_embeddings", False),
-                qkv_bias=family == "qwen2" or bias,
-                output_bias=bias and family != "qwen2",
-                qk_norm=family == "qwen3",
-                max_position=raw["max_position_embeddings"],
+                norm_eps=raw["rms_norm_eps"], tied=raw.get("tie_word_embeddings", False),
+                qkv_bias=family == "qwen2" or bias, output_bias=bias and family != "qwen2",
+                qk_norm=family == "qwen3", max_position=raw["max_position_embeddings"],
                 init_std=raw.get("initializer_range", 0.02),
-            )
+            )  # fmt: skip
         except KeyError as error:
-            raise InputError(f"{where}: key {error} is missing; is this a model's config.json?") from None
+            problem = f"key {error} is missing; is this a model's config.json?"
+            raise InputError(f"{where}: {problem}") from None
 
 
 def find_folder(name: str, weights: bool = True) -> Path:
-    """The local folder of a model: `name` itself, or the hub's snapshot, with or without its weights.
-
-    Raises InputError where there is none; the hub is not asked for what reads like a path of ours.
-    """
+    """The local folder of a model: `name` itself, or the hub's snapshot; InputError if none."""
     if Path(name).is_dir():
         return Path(name)
-    if name.count("/") != 1 or name.startswith((".", "/", "models/", "runs/")):
+    if name.count("/") != 1 or name.startswith((".", "/", "models/", "runs/")):  # no hub name
         make = "`make demo` makes models/smollm2-135m-instruct"
-        raise InputError(f"{name}: no such model folder; {make}, or give a hub name like Qwen/Qwen2.5-7B-Instruct")
+        give = "or give a hub name like Qwen/Qwen2.5-7B-Instruct"
+        raise InputError(f"{name}: no such model folder; {make}, {give}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -101,13 +97,14 @@ def find_folder(name: str, weights: bool = True) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        why = type(error).__name__
-        raise InputError(f"{name}: neither a folder here nor to be had from the hub ({why})") from None
+        why = f"neither a folder here nor to be had from the hub ({type(error).__name__})"
+        raise InputError(f"{name}: {why}") from None
 
 
-def rope_tables(position_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """fp32 cos and sin, each [T, 1, K]. A function, not buffers: nothing to cast to bf16 or to lose on meta."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_T.device) / head_dim)
+def rope_tables(position_T: Tensor, head_dim: int, theta: float) -> Rope:
+    """cos and sin, [T, 1, K] fp32. As buffers they would be cast to bf16, and lost on meta."""
+    even = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_T.device)
+    frequency = theta ** (-even / head_dim)
     angle = position_T.float()[:, None] * frequency
     angle = torch.cat([angle, angle], dim=-1)[:, None, :]
     return angle.cos(), angle.sin()
@@ -131,10 +128,9 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """W x + b, and beside it any number of adapters by name: + scale * B A x (LoRA, arXiv 2106.09685, section 4.1).
+    """W x + b, plus scale * B A x of a named adapter, if any (LoRA, arXiv 2106.09685, section 4.1).
 
-    A [r, in] starts random and B [out, r] at zero, so that a new adapter changes nothing. A name that has no adapter
-    here, None for example, is the layer itself.
+    A [r, in] starts random and B [out, r] at zero, so that a new adapter changes nothing.
     """
 
     def __init__(self, width_in: int, width_out: int, bias: bool):
@@ -159,7 +155,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend, adapter: str | None) -> Tensor:
+    def forward(self, x_TD: Tensor, rope: Rope, layer: int, attend, adapter: str | None) -> Tensor:
         projected = (proj(x_TD, adapter) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
         q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
@@ -174,7 +170,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor, adapter: str | None) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x, adapter)) * self.up_proj(x, adapter), adapter)
+        gate = F.silu(self.gate_proj(x, adapter))
+        return self.down_proj(gate * self.up_proj(x, adapter), adapter)
 
 
 class Block(nn.Module):
@@ -185,7 +182,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend, adapter: str | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, layer: int, attend, adapter: str | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, layer, attend, adapter)
         return x + self.mlp(self.post_attention_layernorm(x), adapter)
 
@@ -201,14 +198,11 @@ class Trunk(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A causal language model less its last step: `forward` gives hidden states, `output_weight` makes them logits.
-
-    `raw` is the Hugging Face config.json, kept to be written back unchanged.
-    """
+    """A causal language model: `forward` gives hidden states, `output_weight` makes them logits."""
 
     def __init__(self, raw: dict, where: str = "config.json"):
         super().__init__()
-        self.raw = raw
+        self.raw = raw  # the Hugging Face config.json, which save_model writes back
         self.config = c = ModelConfig.from_hf(raw, where)
         self.model = Trunk(c)
         self.lm_head = None if c.tied else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
@@ -219,11 +213,10 @@ class Transformer(nn.Module):
         """The output layer's weight [V, D]."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, tokens_T: Tensor, position_T: Tensor, attend, adapter: str | None = "policy") -> Tensor:
-        """Final hidden states [T, D] of packed tokens; `attend(layer, q_THK, k_TGK, v_TGK) -> out_THK`.
-
-        `adapter` names the LoRA adapter that takes part, where there are any.
-        """
+    def forward(
+        self, tokens_T: Tensor, position_T: Tensor, attend, adapter: str | None = "policy"
+    ) -> Tensor:
+        """Final hidden states [T, D]; `attend(layer, q_THK, k_TGK, v_TGK)` returns [T, H, K]."""
         x = self.model.embed_tokens(tokens_T)
         rope = rope_tables(position_T, self.config.head_dim, self.config.rope_theta)
         for index, block in enumerate(self.model.layers):
@@ -234,8 +227,10 @@ class Transformer(nn.Module):
         return self.model.norm(x)
 
 
-def add_adapters(model: Transformer, names: list[str], rank: int, alpha: float, targets: list[str]) -> None:
-    """Freeze the model and put new adapters, in fp32, beside the `targets` ("q_proj", ...) of every block."""
+def add_adapters(
+    model: Transformer, names: list[str], rank: int, alpha: float, targets: list[str]
+) -> None:
+    """Freeze the model, put fp32 adapters beside the `targets` ("q_proj", ...) of every block."""
     model.requires_grad_(False)
     for path, layer in model.model.layers.named_modules():
         if isinstance(layer, Linear) and path.rpartition(".")[2] in targets:
@@ -247,7 +242,7 @@ def add_adapters(model: Transformer, names: list[str], rank: int, alpha: float, 
 
 
 class ValueHead(nn.Module):
-    """Hidden states [N, D] to values [N], in fp32. Starts as the constant `start`, the reward of an unmoved user."""
+    """Hidden states [N, D] to values [N] in fp32. At first every value is `start`."""
 
     def __init__(self, width: int, start: float = 0.0):
         super().__init__()
@@ -267,8 +262,8 @@ except ImportError:
 class PackedAttention:
     """Attention context for training: documents side by side, each causal within itself.
 
-    `cu_seqlens` are the documents' ends, [0, len_0, len_0 + len_1, ...]. flash-attn serves on CUDA in half precision,
-    a loop of scaled_dot_product_attention over the documents everywhere else.
+    `cu_seqlens` are the documents' ends, [0, len_0, len_0 + len_1, ...]. flash-attn is used on CUDA
+    in half precision, else a loop of scaled_dot_product_attention over the documents.
     """
 
     def __init__(self, cu_seqlens: list[int], device: torch.device):
@@ -281,28 +276,27 @@ class PackedAttention:
             ends, longest = self.cu_seqlens, self.longest
             return flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, causal=True)
         # each piece [1, heads, t, K]
-        documents = zip(*(x.transpose(0, 1).unsqueeze(0).split(self.lengths, dim=2) for x in (q, k, v)))
-        pieces = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in documents]
+        split = (x.transpose(0, 1).unsqueeze(0).split(self.lengths, dim=2) for x in (q, k, v))
+        attention = F.scaled_dot_product_attention
+        pieces = [attention(*qkv, is_causal=True, enable_gqa=True) for qkv in zip(*split)]
         return torch.cat(pieces, dim=2)[0].transpose(0, 1)
 
 
 def predictors(mask_T: Tensor) -> Tensor:
-    """Indices [N] of the hidden states that predict the trained tokens: t - 1 for every t with mask 1, in order.
+    """Indices [N] of the hidden states that predict the trained tokens: t - 1 where mask[t] is 1.
 
-    The only place where the shift by one happens. Everything else speaks of token t at index t. The first token of a
-    document is always prompt, so t - 1 lies in the same document.
+    The only place that shifts by one. Documents begin with prompt, so t - 1 is in the same one.
         tokens  P P S S P S      mask  0 0 1 1 0 1      trained t  2 3 5      predictors  1 2 4
     """
     return mask_T.nonzero().squeeze(1) - 1
 
 
-def token_logprobs(
-    hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, banned_V: Tensor, temperature: float, chunk: int = CHUNK
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the targets and entropies, each [N] in fp32, of softmax(logits / temperature).
+def token_logprobs(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, banned_V: Tensor,
+                   temperature: float, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Log-probabilities of the targets, and entropies, of softmax(logits / temperature); fp32 [N].
 
-    Banned ids have probability zero, as in the sampler. Works through `chunk` tokens at a time and recomputes their
-    logits in the backward pass, so that [N, V] never exists.
+    Banned ids have probability zero, as in the sampler. Works through `chunk` tokens at a time and
+    recomputes their logits in the backward pass, so that logits [N, V] never exist.
     """
 
     def piece(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -311,13 +305,14 @@ def token_logprobs(
         entropy = -(logp.exp() * logp.masked_fill(banned_V, 0.0)).sum(-1)
         return logp.gather(-1, target[:, None]).squeeze(-1), entropy
 
-    parts = [
-        checkpoint(piece, hidden_ND[a : a + chunk], weight_VD, target_N[a : a + chunk], use_reentrant=False)
-        for a in range(0, max(1, len(target_N)), chunk)
-    ]
+    slices = [slice(a, a + chunk) for a in range(0, max(1, len(target_N)), chunk)]
+    inputs = ((hidden_ND[s], weight_VD, target_N[s]) for s in slices)
+    parts = [checkpoint(piece, *args, use_reentrant=False) for args in inputs]
     return torch.cat([logp for logp, _ in parts]), torch.cat([entropy for _, entropy in parts])
 
 
-def sampling_logits(hidden_ND: Tensor, weight_VD: Tensor, banned_V: Tensor, temperature: float) -> Tensor:
-    """The fp32 logits [N, V] that are sampled from and trained on: divided by the temperature, banned ids at -inf."""
+def sampling_logits(
+    hidden_ND: Tensor, weight_VD: Tensor, banned_V: Tensor, temperature: float
+) -> Tensor:
+    """fp32 logits [N, V] to sample from and train on: over the temperature, banned ids at -inf."""
     return (F.linear(hidden_ND, weight_VD).float() / temperature).masked_fill(banned_V, -math.inf)

@@ -1,8 +1,8 @@
-"""PPO as pure functions of tensors: GAE, whitening, the clipped policy loss, the clipped value loss.
+"""PPO as pure functions of tensors: GAE, whitening, the clipped policy loss and value loss.
 
-Every loss returns a sum over tokens; the caller divides once by the number of trained tokens of the whole optimiser
-step, so that the gradient does not depend on how the step is cut into micro-batches (Schulman et al., arXiv 1707.06347
-and 1506.02438; RLVER, section 2). N counts trained tokens.
+Every loss returns a sum over tokens. The caller divides once by the number of trained tokens of the
+whole optimiser step, so that the gradient does not depend on how the step is cut into micro-batches
+(Schulman et al., arXiv 1707.06347 and 1506.02438; RLVER, section 2). N counts trained tokens.
 """
 
 import torch
@@ -12,17 +12,17 @@ from torch import Tensor
 def gae(
     reward_N: Tensor, value_N: Tensor, gamma: float, lam: float, turns: list[int] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation over the trained tokens of one dialogue, in order (GAE, eq. 11 to 16).
+    """Generalised advantage estimation over one dialogue's trained tokens (GAE, eq. 11 to 16).
 
-    User turns and glue are not in the vector, so nothing is discounted across them. The value behind the last token is
-    0: every ending of a dialogue, the turn limit included, is a true end. Returns (advantages [N], returns [N]).
+    User turns and glue are not in the vector, so nothing is discounted across them. The value after
+    the last token is 0: every ending, the turn limit included, is a true end. Returns advantages
+    [N] and returns [N].
         reward 0 0 1, value .2 .5 .6, gamma = lam = 1:  advantage .8 .5 .4   return 1 1 1
-    With `turns`, the number of tokens in each, time passes from turn to turn: gamma and lam apply where one ends, and
-    are 1 within it. A reply is one action, all of whose tokens are to be praised for what it brought.
+    With `turns`, the number of tokens in each, gamma and lam apply at the end of a turn and are 1
+    within it: a reply is one action, all of whose tokens are praised for what it brought.
     """
-    step = torch.ones(len(value_N), dtype=torch.bool)  # after which tokens time passes
-    if turns:
-        step = torch.zeros(len(value_N), dtype=torch.bool).index_fill(0, torch.tensor(turns).cumsum(0) - 1, True)
+    ends = torch.tensor(turns).cumsum(0) - 1 if turns else torch.arange(len(value_N))
+    step = torch.zeros(len(value_N), dtype=torch.bool).index_fill(0, ends, True)  # time passes here
     advantage_N = torch.zeros_like(value_N)
     carried, next_value = 0.0, 0.0
     for t in reversed(range(len(value_N))):
@@ -40,12 +40,11 @@ def whiten(x_N: Tensor) -> Tensor:
     return centred / (centred.pow(2).mean().sqrt() + 1e-8)
 
 
-def policy_loss(logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, clip: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Clipped surrogate (PPO, eq. 7) as a sum, with the sums of approx_kl (k3) and of clipped tokens.
-
-    The gradient flows through logp_N alone.
-    """
-    log_ratio = logp_N - old_logp_N
+def policy_loss(
+    logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, clip: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The clipped surrogate (PPO, eq. 7), approx_kl (k3) and clipped tokens, each as a sum."""
+    log_ratio = logp_N - old_logp_N  # the gradient flows through logp_N alone
     ratio = log_ratio.exp()
     loss = torch.maximum(-advantage_N * ratio, -advantage_N * ratio.clamp(1 - clip, 1 + clip)).sum()
     with torch.no_grad():
@@ -55,17 +54,17 @@ def policy_loss(logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, clip: f
 
 
 def value_loss(value_N: Tensor, old_value_N: Tensor, return_N: Tensor, clip: float) -> Tensor:
-    """Half squared error, the worse of the value and the value clipped around its old prediction, as a sum."""
+    """Half the squared error of the value or the clipped value, whichever is larger, as a sum."""
     clipped = old_value_N + (value_N - old_value_N).clamp(-clip, clip)
     return 0.5 * torch.maximum((value_N - return_N).pow(2), (clipped - return_N).pow(2)).sum()
 
 
 def kl_loss(logp_N: Tensor, reference_logp_N: Tensor) -> Tensor:
-    """k2, half the squared log-ratio, as a sum: its gradient is the reverse KL's, which k3's is not."""
+    """k2, half the squared log-ratio, as a sum: its gradient is the reverse KL's, unlike k3's."""
     return 0.5 * (logp_N - reference_logp_N).pow(2).sum()
 
 
 def explained_variance(value_N: Tensor, return_N: Tensor) -> float:
-    """1 - Var(return - value) / Var(return): 1 is perfect, 0 no better than a constant; 0 where returns do not vary."""
+    """1 - Var(return - value) / Var(return): 1 is perfect, 0 no better than a constant."""
     spread = return_N.var(correction=0)
     return float(1 - (return_N - value_N).var(correction=0) / spread) if spread > 1e-12 else 0.0

@@ -1,11 +1,12 @@
-"""From profiles to packed batches: run many dialogues at once, read trajectories off them, pack the trajectories.
+"""From profiles to packed batches: many dialogues at once, their trajectories, and their packing.
 
-`Stage.hold` is the loop in which policy (an Engine) and users meet; nobody in it waits for the slowest. Everything
-is keyed by dialogue, (group, member), never by position in a list. Trajectories are built from the very ids that were
-rendered and sampled. What is then done with them is `ppo.py`'s, `grpo.py`'s and `train.py`'s business.
+`Stage.hold` is where the policy (an Engine) and users meet; no dialogue waits for the slowest one.
+Everything is keyed by dialogue, (group, member), never by position in a list. Trajectories are made
+from the very ids that were rendered and sampled. `update.py` learns from them.
 """
 
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -14,16 +15,15 @@ from chat import Chat, Reply, banned_ids, system_prompt
 from config import Config
 from engine import Engine, Row
 from model import Transformer, ValueHead
-from simulator import Failed, Key, Profile, User, UserTurn, band, hash_key
+from simulator import EXCLUDED, Failed, Key, Profile, User, UserTurn, band, hash_key
 
-EXCLUDED = "failed"
-MAX_FAILED = 0.25  # share of dialogues whose user may fail before a step, or a benchmark, counts for nothing
+MAX_FAILED = 0.25  # with a larger share of failed users a step or a benchmark does not count
 TURN_STREAM, USER_STREAM = 0, 1  # keep the noise of the policy's turns and the users' seeds apart
 
 
 @dataclass
 class Turn:
-    """One reply of the policy and the user's answer to it (None until it comes, or where none was asked for)."""
+    """A reply of the policy and the user's answer, None until it comes or if none is asked for."""
 
     prompt_ids: list[int]
     sampled_ids: list[int]
@@ -38,8 +38,8 @@ class Turn:
 class Dialogue:
     """One talk between the policy and one simulated user.
 
-    `ended`: content | left | goodbye | max_turns | context_full | format | failed ("" while it runs). `why` explains a
-    failure. "left" always means an emotion below 10, "failed" a user that could not answer.
+    `ended` is "" while it runs, then content | left (emotion below 10) | goodbye | max_turns |
+    context_full | format | failed (the user could not answer; `why` has the reason).
     """
 
     key: Key
@@ -57,10 +57,11 @@ class Dialogue:
 
     @property
     def emotion(self) -> float:
-        """The user's last known emotion, 0..100. Raises ValueError for a dialogue whose user failed."""
+        """The user's last known emotion, 0..100. Raises ValueError unless `completed`."""
         if not self.completed:
-            raise ValueError(f"dialogue {self.key} has no final emotion: {self.ended or 'still running'} {self.why}")
-        return next((turn.user.emotion for turn in reversed(self.turns) if turn.user), self.opening.emotion)
+            state = f"{self.ended or 'still running'} {self.why}"
+            raise ValueError(f"dialogue {self.key} has no final emotion: {state}")
+        return [self.opening, *(turn.user for turn in self.turns if turn.user)][-1].emotion
 
     @property
     def reward(self) -> float:
@@ -69,11 +70,11 @@ class Dialogue:
 
 
 def token_rewards(dialogue: Dialogue, credit: str) -> list[float]:
-    """The reward as a vector over the dialogue's sampled tokens, in order; its sum is `dialogue.reward`.
+    """The reward as a vector over the dialogue's sampled tokens; its sum is `dialogue.reward`.
 
-    "final" puts all of it on the last sampled token (RLVER). "turn" puts each turn's change of emotion on that turn's
-    last token and what the dialogue began with on the very last. At gamma = 1 both have the same objective; the second
-    does not blame a reply for what happened before it.
+    "final" puts all of it on the last token (RLVER). "turn" puts each turn's change of emotion on
+    its last token and the opening's emotion on the very last. At gamma = 1 both have one objective;
+    "turn" does not blame a reply for what happened before it.
     """
     rewards: list[float] = []
     given, last = 0.0, dialogue.opening.emotion / 100
@@ -87,7 +88,7 @@ def token_rewards(dialogue: Dialogue, credit: str) -> list[float]:
 
 @dataclass(frozen=True)
 class Talk:
-    """How dialogues are held. `strict_format` ends a dialogue on a malformed think reply (training)."""
+    """How dialogues are held. `strict_format` ends one on a malformed think reply (in training)."""
 
     systems: dict[str, str]  # the policy's system prompt by language
     max_turns: int
@@ -101,20 +102,19 @@ def make_talk(config: Config, training: bool) -> Talk:
     return Talk(
         systems={lang: system_prompt(lang, config.think, config.system) for lang in ("en", "zh")},
         max_turns=config.max_turns if training else config.eval_max_turns,
-        reply_tokens=config.reply_tokens,
-        strict_format=training and config.strict_format,
+        reply_tokens=config.reply_tokens, strict_format=training and config.strict_format,
         appraise_last=training,
-    )
+    )  # fmt: skip
 
 
 def make_engine(
-    config: Config, model: Transformer, chat: Chat, dialogues: int, value_head: ValueHead | None = None,
-    dtype: torch.dtype | None = None,
-) -> Engine:
+    config: Config, model: Transformer, chat: Chat, dialogues: int,
+    value_head: ValueHead | None = None, dtype: torch.dtype | None = None,
+) -> Engine:  # fmt: skip
     """An engine for this model with no more slots than there are dialogues."""
-    end, slots = (chat.end,), max(1, min(config.slots, dialogues))
-    banned = banned_ids(chat.tokenizer, model.config.vocab_size, end)
-    return Engine(model, banned, end, slots, config.context_tokens, config.temperature, value_head, dtype=dtype)
+    banned = banned_ids(chat.tokenizer, model.config.vocab_size, (chat.end,))
+    size = max(1, min(config.slots, dialogues)), config.context_tokens  # slots, tokens in each
+    return Engine(model, banned, (chat.end,), *size, config.temperature, value_head, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,9 @@ class Job:
 
 
 class Stage:
-    """Where a policy and its users meet: made once for an engine and a user, it holds any number of rollouts.
+    """Where a policy and its users meet: made once, it holds any number of rollouts.
 
-    Its state during a rollout is which dialogue sits in which slot; its methods are what each event does to that.
+    Its state during a rollout is which dialogue sits in which slot; each method handles one event.
     """
 
     def __init__(self, engine: Engine, chat: Chat, user: User, talk: Talk):
@@ -139,11 +139,11 @@ class Stage:
     ) -> list[Dialogue]:
         """Hold all the dialogues, more than slots if need be; returned in key order.
 
-        `seed`, for example (seed, step), and a dialogue's key determine all its noise. A profile without a first line
-        gets one from its user, once for the whole group. `progress(n)` is called as n replies are done or will not be
-        needed, len(jobs) * max_turns in all; `on_end(dialogue)` as each ends; `check()` before each step of the engine,
-        and what it raises ends the rollout there, never within a forward pass. The engine must hold nothing of weights
-        that have changed since (`Engine.forget`).
+        All noise of a dialogue follows from its key and `seed`, for example (seed, step). A profile
+        without a first line gets one from its user, once for the whole group. `progress(n)` is
+        called when n more of the len(jobs) * max_turns replies are done or no longer needed,
+        `on_end(dialogue)` when one ends, `check()` before each step of the engine; what that raises
+        ends the rollout outside any forward pass. Call `Engine.forget` after every weight update.
         """
         self.seed, self.progress = seed, progress or (lambda count: None)
         self.on_end = on_end or (lambda dialogue: None)
@@ -151,7 +151,7 @@ class Stage:
         self.done: dict[Key, Dialogue] = {}
         self.slot_of: dict[Key, int] = {}
         self.key_in: dict[int, Key] = {}
-        self.openings: dict[int, str | None] = {}  # group -> its first line; None while it is being made
+        self.openings: dict[int, str | None] = {}  # group -> first line; None while asked for
         waiting = sorted(jobs, key=lambda job: job.key)
         while waiting or self.active:
             if check:
@@ -174,21 +174,19 @@ class Stage:
             group, profile = job.key[0], job.profile
             if profile.first_talk is None and self.openings.get(group):
                 profile = replace(profile, first_talk=self.openings[group])
-            opener_at_work = profile.first_talk is None and group in self.openings
-            if not free or opener_at_work:
-                left.append(job)
+            if not free or (profile.first_talk is None and group in self.openings):
+                left.append(job)  # has no slot, or waits for the opening that another member gets
                 continue
             if profile.first_talk is None:
                 self.openings[group] = None
-            dialogue = Dialogue(job.key, profile, hash_key(*self.seed, *job.key, USER_STREAM))
-            self.active[job.key] = dialogue
-            self.slot_of[job.key] = free.pop(0)
-            self.key_in[self.slot_of[job.key]] = job.key
-            self.user.start(job.key, profile, dialogue.seed)
+            slot, user_seed = free.pop(0), hash_key(*self.seed, *job.key, USER_STREAM)
+            self.active[job.key] = Dialogue(job.key, profile, user_seed)
+            self.slot_of[job.key], self.key_in[slot] = slot, job.key
+            self.user.start(job.key, profile, user_seed)
         return left
 
     def hear(self, key: Key, answer: UserTurn | Failed) -> None:
-        """A user has answered: with the opening, or to a reply. What an abandoned rollout left over is passed over."""
+        """Take a user's opening or answer; what an abandoned rollout left over is ignored."""
         dialogue = self.active.get(key)
         if dialogue is None:
             return
@@ -198,40 +196,35 @@ class Stage:
             return self.end(dialogue, EXCLUDED, answer.why)
         if not dialogue.turns:
             dialogue.opening = answer
-            self.openings.setdefault(key[0], answer.text)
-            if self.openings[key[0]] is None:
-                self.openings[key[0]] = answer.text
+            self.openings[key[0]] = self.openings.get(key[0]) or answer.text
             system = self.talk.systems[dialogue.profile.language]
             return self.say(dialogue, self.chat.opening(system, answer.text))
         last = dialogue.turns[-1]
         last.user = answer
-        if answer.ended:
-            return self.end(dialogue, answer.ended)
-        if len(dialogue.turns) == self.talk.max_turns:
-            return self.end(dialogue, "max_turns")
+        if answer.ended or len(dialogue.turns) == self.talk.max_turns:
+            return self.end(dialogue, answer.ended or "max_turns")
         kept = last.reply.ids if self.chat.think else last.sampled_ids
-        self.say(dialogue, [*last.prompt_ids, *kept, *self.chat.glue(kept), *self.chat.user_turn(answer.text)])
+        heard = [*self.chat.glue(kept), *self.chat.user_turn(answer.text)]
+        self.say(dialogue, [*last.prompt_ids, *kept, *heard])
 
     def say(self, dialogue: Dialogue, prompt: list[int]) -> None:
         """Have the policy reply to a prompt, if the context has room for it."""
         if len(prompt) >= self.engine.capacity:
             return self.end(dialogue, "context_full")
-        dialogue.turns.append(Turn(prompt, [], [], [], Reply([], ""), ""))
-        noise = (*self.seed, *dialogue.key, TURN_STREAM, len(dialogue.turns))
+        noise = (*self.seed, *dialogue.key, TURN_STREAM, len(dialogue.turns) + 1)
         self.engine.submit(self.slot_of[dialogue.key], prompt, noise, self.talk.reply_tokens)
 
     def finish_turn(self, row: Row) -> None:
         """The policy has ended its turn: show the reply to the user, or end the dialogue."""
         dialogue = self.active[self.key_in[row.slot]]
-        turn = dialogue.turns[-1]
-        turn.sampled_ids, turn.logps, turn.values, turn.stop = row.sampled, row.logps, row.values, row.stop
-        turn.reply = self.chat.read(row.sampled)
+        reply = self.chat.read(row.sampled)
+        dialogue.turns.append(Turn(row.prompt, row.sampled, row.logps, row.values, reply, row.stop))
         self.progress(1)
-        if turn.reply.violation and self.talk.strict_format:
+        if reply.violation and self.talk.strict_format:
             return self.end(dialogue, "format")
         if len(dialogue.turns) == self.talk.max_turns and not self.talk.appraise_last:
             return self.end(dialogue, "max_turns")
-        self.user.tell(dialogue.key, turn.reply.text)
+        self.user.tell(dialogue.key, reply.text)
 
     def end(self, dialogue: Dialogue, reason: str, why: str = "") -> None:
         dialogue.ended, dialogue.why = reason, why
@@ -243,7 +236,7 @@ class Stage:
 
 @dataclass
 class Trajectory:
-    """Parallel lists of equal length; index t speaks of token t. `logp`, `value`: the sampler's, 0 where mask is 0."""
+    """Parallel lists, index t for token t. `logp`, `value` are the sampler's, 0 where mask is 0."""
 
     key: Key
     tokens: list[int]
@@ -254,17 +247,18 @@ class Trajectory:
 
 
 def trajectories(dialogue: Dialogue, think: bool) -> list[Trajectory]:
-    """The training sequences of a dialogue: one without thoughts, one per turn with them (stripped thoughts break the
-    prefix). The user's last words are in none: nothing was sampled behind them.
+    """The training sequences of a dialogue: one without thoughts, one per turn with them.
 
+    Prompts leave out earlier thoughts, so with thoughts no sequence is the beginning of the next.
+    The user's last words are in none: nothing was sampled behind them.
         no think:  prompt S S S glue user header S S     mask 0.. 1 1 1 0 0 0 1 1     one trajectory
         think:     prompt S S S | prompt' S S            mask 0.. 1 1 1 | 0.. 1 1     one per turn
     """
+    key, turns = dialogue.key, dialogue.turns
     if think:
-        counts = [len(turn.sampled_ids) for turn in dialogue.turns]
-        begins = [sum(counts[:i]) for i in range(len(counts))]
-        return [replace(sequence(dialogue.key, [turn]), begin=begin) for turn, begin in zip(dialogue.turns, begins)]
-    return [sequence(dialogue.key, dialogue.turns)] if dialogue.turns else []
+        begins = accumulate((len(turn.sampled_ids) for turn in turns), initial=0)
+        return [replace(sequence(key, [turn]), begin=begin) for turn, begin in zip(turns, begins)]
+    return [sequence(key, turns)] if turns else []
 
 
 def sequence(key: Key, turns: list[Turn]) -> Trajectory:
@@ -272,7 +266,8 @@ def sequence(key: Key, turns: list[Turn]) -> Trajectory:
     tokens, mask, logp, value = [], [], [], []
     for turn in turns:
         if turn.prompt_ids[: len(tokens)] != tokens:
-            raise ValueError(f"dialogue {key}: a turn's prompt does not extend what was said before")
+            problem = "a turn's prompt does not extend what was said before"
+            raise ValueError(f"dialogue {key}: {problem}")
         new = len(turn.prompt_ids) - len(tokens)
         tokens = [*turn.prompt_ids, *turn.sampled_ids]
         mask += [0] * new + [1] * len(turn.sampled_ids)
@@ -283,7 +278,7 @@ def sequence(key: Key, turns: list[Turn]) -> Trajectory:
 
 @dataclass
 class Batch:
-    """Trajectories side by side, without padding. T packed tokens, N trained ones (mask 1), in order."""
+    """Trajectories side by side, unpadded: T tokens in order, of which N are trained (mask 1)."""
 
     tokens_T: Tensor
     position_T: Tensor
@@ -304,24 +299,19 @@ class Batch:
 def pack(items: list[Trajectory]) -> Batch:
     """Concatenate trajectories; positions restart at 0 in each."""
     lengths = [len(item.tokens) for item in items]
-    cu_seqlens = [0]
-    for length in lengths:
-        cu_seqlens.append(cu_seqlens[-1] + length)
     return Batch(
         tokens_T=torch.tensor([token for item in items for token in item.tokens]),
         position_T=torch.cat([torch.arange(length) for length in lengths]),
         mask_T=torch.tensor([bit for item in items for bit in item.mask], dtype=torch.bool),
-        logp_T=torch.tensor([value for item in items for value in item.logp], dtype=torch.float32),
-        value_T=torch.tensor([value for item in items for value in item.value], dtype=torch.float32),
-        cu_seqlens=cu_seqlens,
-        keys=[item.key for item in items],
-        begins=[item.begin for item in items],
-        trained=[sum(item.mask) for item in items],
-    )
+        logp_T=torch.tensor([logp for item in items for logp in item.logp], dtype=torch.float32),
+        value_T=torch.tensor([x for item in items for x in item.value], dtype=torch.float32),
+        cu_seqlens=[0, *accumulate(lengths)], keys=[item.key for item in items],
+        begins=[item.begin for item in items], trained=[sum(item.mask) for item in items],
+    )  # fmt: skip
 
 
 def balance(items: list[Trajectory], ranks: int) -> list[list[Trajectory]]:
-    """Share trajectories out over ranks so that all get about the same number of tokens; some may get none.
+    """Share trajectories out over ranks, about as many tokens to each; some ranks may get none.
 
     The longest first, each to the rank that has least; within a rank they keep their order.
     """
@@ -329,11 +319,11 @@ def balance(items: list[Trajectory], ranks: int) -> list[list[Trajectory]]:
     for index in sorted(range(len(items)), key=lambda i: -len(items[i].tokens)):
         owner[index] = loads.index(min(loads))
         loads[owner[index]] += len(items[index].tokens)
-    return [[item for index, item in enumerate(items) if owner[index] == rank] for rank in range(ranks)]
+    return [[items[i] for i in sorted(owner) if owner[i] == rank] for rank in range(ranks)]
 
 
 def split(items: list[Trajectory], micro_tokens: int) -> list[list[Trajectory]]:
-    """Micro-batches of at most `micro_tokens` tokens each, in order; a longer trajectory goes alone."""
+    """Micro-batches of up to `micro_tokens` tokens, in order; a longer trajectory goes alone."""
     parts, size = [], 0
     for item in items:
         if not parts or size + len(item.tokens) > micro_tokens:
@@ -345,39 +335,29 @@ def split(items: list[Trajectory], micro_tokens: int) -> list[list[Trajectory]]:
 
 
 def log_line(dialogue: Dialogue, **extra) -> dict:
-    """A dialogue as one line of SAGE's log format and what we add: key, status, reasons, thoughts, sampled lengths."""
-    profile, history = dialogue.profile, []
-    if dialogue.opening:
-        history.append({"role": "user", "content": dialogue.opening.text, "emotion-point": dialogue.opening.emotion})
+    """A dialogue as a line of SAGE's log; key, status, reasons, thoughts, lengths are our own."""
+    profile, opening, history = dialogue.profile, dialogue.opening, []
+    if opening:
+        history.append({"role": "user", "content": opening.text, "emotion-point": opening.emotion})
     for turn in dialogue.turns:
-        said = {"role": "assistant", "content": turn.reply.text, "stop": turn.stop, "tokens": len(turn.sampled_ids)}
-        if turn.reply.thought:
-            said["thought"] = turn.reply.thought
-        if turn.reply.violation:
-            said["violation"] = turn.reply.violation
-        history.append(said)
+        said = {"role": "assistant", "content": turn.reply.text, "stop": turn.stop}
+        said["tokens"] = len(turn.sampled_ids)
+        extras = {"thought": turn.reply.thought, "violation": turn.reply.violation}
+        history.append(said | {name: text for name, text in extras.items() if text})
         if turn.user:
             a = turn.user.appraisal
-            planning = {"content": a.content, "TargetCompletion": a.target_completion, "activity": a.activity}
-            planning |= {"analyse": a.analyse, "change": a.change}
+            planning = {"content": a.content, "TargetCompletion": a.target_completion}
+            planning |= {"activity": a.activity, "analyse": a.analyse, "change": a.change}
             if a.features:
                 planning["features"] = a.features
             heard = {"role": "user", "content": turn.user.text, "thinking": turn.user.thinking}
             history.append({**heard, "emotion-point": turn.user.emotion, "planning": planning})
     status = {"status": "failed", "why": dialogue.why}
     if dialogue.completed:
-        state = f"Emotion-{band(dialogue.emotion)}"
-        status = {"status": "ok", "emo_point": dialogue.emotion, "emo_state": state, "reward": dialogue.reward}
+        status = {"status": "ok", "emo_point": dialogue.emotion}
+        status |= {"emo_state": f"Emotion-{band(dialogue.emotion)}", "reward": dialogue.reward}
     return {
-        "id": profile.id,
-        **extra,
-        "key": list(dialogue.key),
-        **status,
-        "ended": dialogue.ended,
-        "player": profile.persona,
-        "scene": profile.scene,
-        "character": profile.persona_type,
-        "topic": profile.topic,
-        "task": profile.intention,
-        "history": history,
-    }
+        "id": profile.id, **extra, "key": list(dialogue.key), **status, "ended": dialogue.ended,
+        "player": profile.persona, "scene": profile.scene, "character": profile.persona_type,
+        "topic": profile.topic, "task": profile.intention, "history": history,
+    }  # fmt: skip

@@ -1,7 +1,8 @@
-"""What dialogue logs say, without any model: tables, recomputed emotions and rewards, bootstrap intervals.
+"""What dialogue logs say, without any model: tables, recomputed emotions and rewards, bootstrap.
 
-Logs are JSON lines in SAGE's format, gzipped or not: ours, and SAGE's own. Score = mean final emotion, success = at
-100, failure = below 10; a dialogue whose user failed counts in none of them (arXiv 2505.02847, section 2).
+Logs are JSON lines in SAGE's format, gzipped or not: ours, and SAGE's own. Score = mean final
+emotion, success = at 100, failure = below 10; a dialogue whose user failed counts in none of them
+(arXiv 2505.02847, section 2).
 """
 
 import math
@@ -11,22 +12,20 @@ from pathlib import Path
 import numpy as np
 
 from config import InputError, read_rows
-from rollout import EXCLUDED
-from simulator import INTENTIONS, PERSONA_TYPES, EmotionRules, band, canonical
+from simulator import EXCLUDED, INTENTIONS, PERSONA_TYPES, EmotionRules, band, canonical
 
+Points = dict[str, list[float]]  # final emotions by profile id
 ENDINGS = ("content", "left", "goodbye", "max_turns", "context_full", "format", EXCLUDED)
 
 
 def read_log(path: str) -> list[dict]:
-    """The dialogues of a log, gzipped or not. Raises InputError naming the line that is off."""
+    """The dialogues of a log, gzipped or not. Raises InputError that names the bad line."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such log")
     rows = []
     for where, row in read_rows(Path(path)):
-        wanted = ["id", "history"]
-        if row.get("status", "ok") == "ok":
-            wanted += ["emo_point", "emo_state"]
-        for key in wanted:
+        wanted = ("id", "history", "emo_point", "emo_state")
+        for key in wanted if row.get("status", "ok") == "ok" else wanted[:2]:
             if key not in row:
                 raise InputError(f"{where}: no key {key!r}; a SAGE dialogue log is expected")
         rows.append({**row, "line": int(where.rpartition(":")[2])})
@@ -41,10 +40,7 @@ def completed(rows: list[dict]) -> list[dict]:
 
 
 def summary(rows: list[dict]) -> dict:
-    """n (completed dialogues), failed, score, success and failure (counts).
-
-    The score is the mean final emotion over people, each the mean of their dialogues, as is its interval.
-    """
+    """n (completed), failed, score (every profile weighs the same), success, failure (counts)."""
     points = [row["emo_point"] for row in completed(rows)]
     people = [np.mean(found) for found in by_profile(rows).values()]
     return {
@@ -58,31 +54,32 @@ def summary(rows: list[dict]) -> dict:
 
 def score_line(name: str, rows: list[dict]) -> str:
     """One row of a table: name, score, success, failure."""
-    s = summary(rows)
-    warning = f"   {s['failed']} of {len(rows)} dialogues FAILED and are left out" if s["failed"] else ""
-    return f"{name:<44} {s['score']:>6.1f}   {s['success']:>4}   {s['failure']:>4}   of {s['n']}{warning}"
+    n, failed, score, success, failure = summary(rows).values()
+    warning = f"   {failed} of {len(rows)} dialogues FAILED and are left out" if failed else ""
+    return f"{name:<44} {score:>6.1f}   {success:>4}   {failure:>4}   of {n}{warning}"
 
 
 def score_text(path: str, rows: list[dict]) -> str:
     """The tables of a log: all, by seed, by hidden intention, by persona type, and by turn."""
-    lines = [f"{path}", f"{'':<44} {'score':>6}   {'succ':>4}   {'fail':>4}", score_line("all", rows)]
-    if points := by_profile(rows):
+    lines = [path, f"{'':<44} {'score':>6}   {'succ':>4}   {'fail':>4}", score_line("all", rows)]
+    if n := len(by_profile(rows)):
         low, high = interval(rows)
-        lines.append(f"  95 % interval {low:.1f} to {high:.1f} (bootstrap over {len(points)} profiles)")
+        lines.append(f"  95 % interval {low:.1f} to {high:.1f} (bootstrap over {n} profiles)")
     for key, table in (("seed", None), ("task", INTENTIONS), ("character", PERSONA_TYPES)):
         groups = defaultdict(list)
         for row in rows:
-            found = row.get(key, "")
-            groups[canonical(found, table, f"{path}:{row['line']}: key {key!r}") if table else found].append(row)
+            name, where = row.get(key, ""), f"{path}:{row['line']}: key {key!r}"
+            groups[canonical(name, table, where) if table else name].append(row)
         if table:
-            lines += [score_line(f"  {name} ({table[name][1]})"[:44], groups[name]) for name in table if name in groups]
-        elif len(groups) > 1:
-            lines += [score_line(f"  seed {name}", groups[name]) for name in sorted(groups)]
+            names = {name: f"{name} ({table[name][1]})" for name in table if name in groups}
+        else:
+            names = {name: f"seed {name}" for name in sorted(groups) if len(groups) > 1}
+        lines += [score_line(f"  {title}"[:44], groups[name]) for name, title in names.items()]
     return "\n".join([*lines, *turn_lines(rows)])
 
 
 def turn_lines(rows: list[dict]) -> list[str]:
-    """By turn: mean change, and mean emotion after it of the completed dialogues that were still going on."""
+    """A table by turn of the completed dialogues: mean change, and mean emotion after it."""
     turns = defaultdict(list)
     for row in completed(rows):
         users = [message for message in row["history"] if message["role"] == "user"]
@@ -90,7 +87,8 @@ def turn_lines(rows: list[dict]) -> list[str]:
             turns[turn].append((float(message["planning"]["change"]), message["emotion-point"]))
     means = [(turn, *np.mean(pairs, axis=0), len(pairs)) for turn, pairs in sorted(turns.items())]
     head = [f"{'':<44} {'change':>6}   {'emotion':>7}"] if means else []
-    return head + [f"{f'  turn {turn}':<44} {change:>+6.1f}   {now:>7.1f}   of {n}" for turn, change, now, n in means]
+    return head + [f"{f'  turn {turn}':<44} {change:>+6.1f}   {now:>7.1f}   of {n}"
+                   for turn, change, now, n in means]
 
 
 def mismatches(row: dict, where: str) -> list[str]:
@@ -98,41 +96,37 @@ def mismatches(row: dict, where: str) -> list[str]:
     rules, wrong, ended = EmotionRules(), [], row.get("ended")
     users = [message for message in row["history"] if message["role"] == "user"]
     if row.get("status", "ok") != "ok":
-        return [] if ended == EXCLUDED else [f"{where}: status is {row['status']!r}, but it ended as {ended!r}"]
+        why = f"status is {row['status']!r}, but it ended as {ended!r}"
+        return [] if ended == EXCLUDED else [f"{where}: {why}"]
     if not users:
         return [f"{where}: status is 'ok', but the history holds no user"]
     emotion = users[0]["emotion-point"]
     for turn, message in enumerate(users[1:], 2):
         emotion = rules.step(emotion, float(message["planning"]["change"]))
-        if abs(emotion - message["emotion-point"]) > 1e-6:
-            found = message["emotion-point"]
-            wrong.append(f"{where}: user turn {turn}: emotion is {found}, the logged changes give {emotion:g}")
-            emotion = found
+        now = message["emotion-point"]
+        if abs(emotion - now) > 1e-6:
+            wrong.append(f"user turn {turn}: emotion is {now}, the logged changes give {emotion:g}")
+            emotion = now
         if rules.ending(emotion) and turn < len(users):
-            wrong.append(f"{where}: user turn {turn}: the dialogue goes on after an emotion of {emotion:g}")
+            wrong.append(f"user turn {turn}: the dialogue goes on after an emotion of {emotion:g}")
     if abs(row["emo_point"] - emotion) > 1e-6:
-        wrong.append(f"{where}: final emotion is {row['emo_point']}, the last turn's is {emotion:g}")
+        wrong.append(f"final emotion is {row['emo_point']}, the last turn's is {emotion:g}")
     if row["emo_state"] != f"Emotion-{band(emotion)}":
-        wrong.append(f"{where}: state is {row['emo_state']}, {emotion:g} is Emotion-{band(emotion)}")
+        wrong.append(f"state is {row['emo_state']}, {emotion:g} is Emotion-{band(emotion)}")
     if "ended" in row:  # an addition of ours, as is the reward
         due = rules.ending(emotion)
         if ended not in ENDINGS or ended == EXCLUDED:
-            wrong.append(f"{where}: ended as {ended!r}, which is no ending of a completed dialogue")
+            wrong.append(f"ended as {ended!r}, which is no ending of a completed dialogue")
         elif ended != due and (due or ended in ("content", "left")):
-            wrong.append(f"{where}: ended as {ended!r} at an emotion of {emotion:g}")
+            wrong.append(f"ended as {ended!r} at an emotion of {emotion:g}")
         reward = 0.0 if ended == "format" else emotion / 100
         if abs(row["reward"] - reward) > 1e-9:
-            wrong.append(f"{where}: reward is {row['reward']}, {reward:g} follows from the dialogue")
-    return wrong
+            wrong.append(f"reward is {row['reward']}, {reward:g} follows from the dialogue")
+    return [f"{where}: {why}" for why in wrong]
 
 
-def paired_bootstrap(
-    before: dict[str, list[float]], after: dict[str, list[float]], samples: int = 10_000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Mean difference after - before and its 95 % interval, resampling profiles (each the mean of its dialogues).
-
-    Raises InputError where the two share no profile.
-    """
+def paired_bootstrap(before: Points, after: Points, samples=10_000, seed=0) -> tuple[float, ...]:
+    """Mean gain over shared profiles and its 95 % interval. Raises InputError if none is shared."""
     shared = sorted(before.keys() & after.keys())
     if not shared:
         raise InputError("the two logs share no profile id; nothing can be paired")
@@ -147,7 +141,7 @@ def bootstrap(values: np.ndarray, samples: int = 10_000, seed: int = 0) -> tuple
     return float(low), float(high)
 
 
-def by_profile(rows: list[dict]) -> dict[str, list[float]]:
+def by_profile(rows: list[dict]) -> Points:
     """Final emotions of the completed dialogues by profile id."""
     points = defaultdict(list)
     for row in completed(rows):
@@ -156,6 +150,6 @@ def by_profile(rows: list[dict]) -> dict[str, list[float]]:
 
 
 def interval(rows: list[dict]) -> tuple[float, float]:
-    """The 95 % interval of the score, resampling profiles (each the mean of its completed dialogues)."""
+    """The 95 % interval of the score, resampling profiles: the means of their dialogues."""
     points = by_profile(rows)
     return bootstrap(np.array([np.mean(points[name]) for name in sorted(points)]))

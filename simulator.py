@@ -1,12 +1,9 @@
 """The people the policy talks with, as far as every kind of user shares them.
 
-Here live the Profile (who somebody is, and what they secretly hope to get from the talk), the rules of emotion as
-data (where it starts, how far one reply can move it, when the dialogue ends), the record of an appraisal, and the
-protocol that every user follows. A user is any object with three methods, `start`, `tell` and `poll`; `users/`
-holds one that needs no language model and one that is a language model. What the policy says and how it is
-generated is `rollout.py`'s business.
+A Profile says who somebody is and what they secretly hope for, EmotionRules how replies move them
+and when a dialogue ends, and User what each of the users in `users/` can do.
 
-Sources: RLVER (arXiv 2507.03112), section 2; SAGE (arXiv 2505.02847), section 2 and its released logs.
+Sources: RLVER (arXiv 2507.03112), section 2; SAGE (arXiv 2505.02847), section 2 and its logs.
 """
 
 import difflib
@@ -16,8 +13,7 @@ from typing import Protocol
 
 from config import InputError, read_rows
 
-# Hidden intentions: canonical id -> (label in the released profiles, English label). The first four are "emotional",
-# the others "rational" (SAGE's two groups).
+# Id -> (label in the released profiles, English label). SAGE calls the first four emotional.
 INTENTIONS = {
     "praise": ("你希望对方真诚地夸奖你在事件中的具体行为", "sincere praise of what I did"),
     "listening": ("你希望对方用心倾听你的情绪宣泄", "attentive listening while I vent"),
@@ -28,17 +24,14 @@ INTENTIONS = {
     "motives": ("你想分析事件中其他人物这么做的原因", "why the others acted so"),
     "growth": ("你希望对方引导你针对事件进行自我反思，收获自我成长", "guide me to reflect and grow"),
 }
-PERSONA_TYPES = {
-    "negative": ("负面型", "negative"),
-    "passive": ("被动型", "passive"),
-    "avoidant": ("回避型", "avoidant"),
-}
+PERSONA_TYPES = {"negative": ("负面型", "negative"), "passive": ("被动型", "passive"),
+                 "avoidant": ("回避型", "avoidant")}  # fmt: skip
 LANGUAGES = ("en", "zh")
 
 
 @dataclass(frozen=True)
 class Profile:
-    """One simulated person. `intention`, `persona_type` are canonical ids; `first_talk` is None if the user opens."""
+    """One simulated person; `intention` and `persona_type` are ids of the tables above."""
 
     id: str
     persona: str
@@ -46,7 +39,7 @@ class Profile:
     intention: str
     persona_type: str
     language: str
-    first_talk: str | None = None
+    first_talk: str | None = None  # None: the user thinks of an opening
     topic: str = ""
     traits: tuple[str, ...] = ()
 
@@ -63,13 +56,12 @@ class Profile:
 
 @dataclass(frozen=True)
 class EmotionRules:
-    """How emotion moves: e' = clip(e + clip(change, -clamp, clamp), floor, ceiling), and where a dialogue ends.
+    """How emotion moves: e' = clip(e + clip(change, -clamp, clamp), floor, ceiling).
 
-    SAGE ends a dialogue as a success at 100 and as a failure below 10. The released training code starts at 30 and
-    neither clamps nor floors; we keep its start and use SAGE's clamp and endings in training too (RLVER, section 2).
+    All but the start is SAGE's (RLVER, section 2), though RLVER's code neither clamps nor floors.
     """
 
-    start: float = 30.0
+    start: float = 30.0  # as in RLVER's code
     clamp: float = 10.0
     floor: float = 0.0
     ceiling: float = 100.0
@@ -93,44 +85,41 @@ class EmotionRules:
 
 def band(emotion: float) -> str:
     """SAGE's letter for an emotion: S (100), A (70 and up), B (40), C (10), F (below 10)."""
-    return next((letter for letter, low in (("S", 100), ("A", 70), ("B", 40), ("C", 10)) if emotion >= low), "F")
+    return next((letter for letter, low in zip("SABC", (100, 70, 40, 10)) if emotion >= low), "F")
 
 
 @dataclass(frozen=True)
 class Appraisal:
-    """Hop one of the sentient user: what a reply said, whether it served the hidden intention, and what it moved.
+    """How a user took a reply; the texts are named as in SAGE's logs."""
 
-    The text fields carry SAGE's names in a log: content, TargetCompletion, activity, analyse. `change` is the number
-    before clamping. `features` holds what an offline user measured; an LLM user leaves it empty.
-    """
-
-    content: str
-    target_completion: str
-    activity: str
-    analyse: str
-    change: float
-    features: dict[str, float] = field(default_factory=dict)
+    content: str  # what the reply said
+    target_completion: str  # whether it served the hidden intention
+    activity: str  # what it made the person feel
+    analyse: str  # why it moved them
+    change: float  # before clamping
+    features: dict[str, float] = field(default_factory=dict)  # what an offline user measured
 
 
 @dataclass(frozen=True)
 class UserTurn:
-    """One answer of a user; the opening has no appraisal, no change. `ended`: "content", "left", "goodbye" or None."""
+    """One answer of a user. The opening has no appraisal and no change."""
 
     text: str
     emotion: float
     appraisal: Appraisal | None = None
     change: float | None = None  # after clamping, as applied
-    ended: str | None = None
+    ended: str | None = None  # "content", "left" or "goodbye"
     thinking: str = ""  # how the user planned what to say (SAGE logs it)
 
 
 @dataclass(frozen=True)
 class Failed:
-    """A user that could not answer. The dialogue is excluded from every statistic, never given a reward."""
+    """A user could not answer: its dialogue gets no reward and enters no statistic."""
 
     why: str
 
 
+EXCLUDED = "failed"  # how a dialogue ends whose user Failed
 Key = tuple[int, int]  # (group, member): names a dialogue for its whole life
 WORD = (1 << 64) - 1
 
@@ -149,13 +138,12 @@ def hash_key(*key: int) -> int:
 class User(Protocol):
     """What a simulated user has to be. One object serves many dialogues, told apart by key.
 
-    A user that waits on a network does so in threads of its own: none of these calls may block, except `poll` for at
-    most `timeout` seconds. A session ends with the answer whose `ended` is set, with `Failed`, or when `start` is
-    called again with its key: what it had still to say is then dropped (an abandoned rollout is begun anew).
+    Only `poll` may block. A session ends with an answer whose `ended` is set, with `Failed`, or
+    when `start` comes again with its key (a rollout begun anew): what it had yet to say is dropped.
     """
 
     def start(self, key: Key, profile: Profile, seed: int) -> None:
-        """Begin a session; the opening (`profile.first_talk` where there is one) arrives by `poll`."""
+        """Begin a session; the opening (`profile.first_talk` if there is one) arrives by `poll`."""
 
     def tell(self, key: Key, reply: str) -> None:
         """Hand over the policy's reply, thoughts removed; the answer arrives by `poll`."""
@@ -164,20 +152,21 @@ class User(Protocol):
         """Answers that are ready, waiting up to `timeout` seconds for the first."""
 
 
-FIELDS = {"id": "id", "player": "persona", "scene": "scene", "main_cha": "persona_type", "task": "intention"}
+FIELDS = ("id", "player", "scene", "main_cha", "task")  # every profile in a file has these keys
 OPTIONAL = ("first_talk", "topic", "cha_group", "language")
 
 
 def load_profiles(path: str | Path) -> list[Profile]:
-    """Read RLVER's JSON-lines profiles. Raises InputError naming file, line and key for anything that is off."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such profile file; give profiles=FILE, for example data/en_train.jsonl")
+    """RLVER's JSON-lines profiles. Raises InputError naming file, line and key of what is wrong."""
+    if not Path(path).is_file():
+        give = "give profiles=FILE, for example data/en_train.jsonl"
+        raise InputError(f"{path}: no such profile file; {give}")
     profiles, seen = [], {}
-    for where, row in read_rows(path):
+    for where, row in read_rows(Path(path)):
         profile = parse_profile(row, where)
-        if profile.id in seen:
-            raise InputError(f"{where}: id {profile.id!r} stands on line {seen[profile.id]} already; ids are unique")
+        if line := seen.get(profile.id):
+            there = f"stands on line {line} already; ids are unique"
+            raise InputError(f"{where}: id {profile.id!r} {there}")
         seen[profile.id] = where.rpartition(":")[2]
         profiles.append(profile)
     if not profiles:
@@ -188,38 +177,32 @@ def load_profiles(path: str | Path) -> list[Profile]:
 def parse_profile(row: dict, where: str) -> Profile:
     """One profile from its JSON object; `where` (file:line) begins every error."""
     known = (*FIELDS, *OPTIONAL)
-    for key in row:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise InputError(f"{where}: unknown key {key!r}; {hint}")
-    for key in FIELDS:
-        if key not in row:
-            raise InputError(f"{where}: key {key!r} is missing")
+    if odd := [key for key in row if key not in known]:
+        near = difflib.get_close_matches(odd[0], known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        raise InputError(f"{where}: unknown key {odd[0]!r}; {hint}")
+    if missing := [key for key in FIELDS if key not in row]:
+        raise InputError(f"{where}: key {missing[0]!r} is missing")
     for key, value in row.items():
         if key == "cha_group":
             if not isinstance(value, list) or not all(isinstance(trait, str) for trait in value):
                 raise InputError(f"{where}: key 'cha_group' must be a list of strings")
         elif not isinstance(value, str) or not value.strip():
             raise InputError(f"{where}: key {key!r} must be a string with something in it")
-    language = row.get("language") or ("zh" if cjk_share(row["player"] + row["scene"]) > 0.3 else "en")
+    guess = "zh" if cjk_share(row["player"] + row["scene"]) > 0.3 else "en"
+    language, traits = row.get("language", guess), tuple(row.get("cha_group", ()))
     if language not in LANGUAGES:
-        raise InputError(f"{where}: key 'language' is {language!r}; it must be one of {', '.join(LANGUAGES)}")
+        must = f"must be one of {', '.join(LANGUAGES)}"
+        raise InputError(f"{where}: key 'language' is {language!r}; it {must}")
     return Profile(
-        id=row["id"],
-        persona=row["player"],
-        scene=row["scene"],
+        id=row["id"], persona=row["player"], scene=row["scene"], language=language, traits=traits,
         intention=canonical(row["task"], INTENTIONS, f"{where}: key 'task'"),
         persona_type=canonical(row["main_cha"], PERSONA_TYPES, f"{where}: key 'main_cha'"),
-        language=language,
-        first_talk=row.get("first_talk"),
-        topic=row.get("topic", ""),
-        traits=tuple(row.get("cha_group", ())),
-    )
+        first_talk=row.get("first_talk"), topic=row.get("topic", ""))  # fmt: skip
 
 
 def canonical(label: str, table: dict[str, tuple[str, ...]], where: str) -> str:
-    """The canonical id of a label in any of its languages. Raises InputError for one that is not in the table."""
+    """The table's id of a label in any language. Raises InputError for a label it does not have."""
     names = {name: key for key, labels in table.items() for name in (key, *labels)}
     if label.strip() not in names:
         near = difflib.get_close_matches(label.strip(), names, 1, cutoff=0.4)

@@ -1,21 +1,19 @@
-"""Train a policy on how simulated people feel: roll out -> advantages -> update -> log, evaluate, save.
+"""Train a policy on how simulated people feel: roll out, update, log, evaluate, save.
 
     python train.py configs/demo.py                        one process
     python train.py configs/demo.py lr=2e-5 seed=1         options changed on the command line
-    torchrun --nproc-per-node 8 train.py configs/ppo.py    eight GPUs (docs/hardware.md: several nodes)
+    torchrun --nproc-per-node 8 train.py configs/ppo.py    eight GPUs (more: docs/hardware.md)
     python train.py --help                                 every option
 
-Where this departs from the textbook: (1) the batch is ragged and packed, no padding anywhere; (2) losses are sums,
-divided once by the trained tokens of the whole optimiser step; (3) GAE runs over the trained tokens of a dialogue, not
-over what the user said; (4) with one optimiser step an iteration the old log-probabilities are the training forward's
-own, so that the ratio is 1 and clipping never acts; (5) a run resumes to the bit, since all noise is a function of
-(seed, step, dialogue, turn, position); (6) ranks hold different groups of dialogues, then all know all of them, and
-each learns from a share of the trajectories that is equal in tokens.
+Where this departs from the textbook: (1) batches are ragged and packed, without padding;
+(2) losses are sums, divided once by the trained tokens of the whole optimiser step; (3) GAE runs
+over trained tokens, not over what the user said; (4) with one optimiser step an iteration the old
+log-probabilities are the training forward's own: the ratio is 1, nothing is clipped; (5) noise is a
+function of (seed, step, dialogue, turn, position), so a run resumes to the bit; (6) each rank rolls
+out its own groups, sees all dialogues, and learns from an equal share of the tokens.
 """
 
-import dataclasses
 import errno
-import functools
 import math
 import os
 import shlex
@@ -25,7 +23,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev
 
@@ -58,12 +57,12 @@ from users.llm_user import LLMUser, usage_metrics
 
 ORDER_STREAM = 2  # keeps the order of profiles apart from other uses of the seed
 MAX_SKIPPED = 5  # non-finite steps in a row before a run gives up
-LEARNT = ("policy/loss", "policy/approx_kl", "policy/clipfrac", "policy/entropy", "policy/grad_norm")
-LEARNT_BY = {"ppo": ("value/loss", "value/explained_variance"), "grpo": ("group/zero_spread",)}
+KEYS = ("policy/loss", "policy/approx_kl", "policy/clipfrac", "policy/entropy", "policy/grad_norm")
+KEYS_BY = {"ppo": ("value/loss", "value/explained_variance"), "grpo": ("group/zero_spread",)}
 
 
 class Stop(Exception):
-    """The run ends early: a signal, or something that going on would not mend. Carries the exit code."""
+    """The run ends early: a signal came, or going on would not help. Carries the exit code."""
 
     def __init__(self, why: str, code: int):
         super().__init__(why)
@@ -71,16 +70,11 @@ class Stop(Exception):
 
 
 class Interrupts:
-    """SIGINT and SIGTERM within a `with` block: remembered, and raised as Stop by the next `check`.
+    """Remembers SIGINT and SIGTERM until the next `check`, so that an update can finish."""
 
-    A rollout and an evaluation check before each step of the engine, hence are abandoned; an update is finished.
-    """
-
-    def __enter__(self) -> "Interrupts":
+    def __enter__(self) -> None:
         self.received = 0
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self.before = {number: signal.signal(number, self.handle) for number in numbers}
-        return self
+        self.before = {n: signal.signal(n, self.handle) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def __exit__(self, *error) -> None:
         for number, handler in self.before.items():
@@ -90,14 +84,13 @@ class Interrupts:
         self.received = number
 
     def check(self) -> None:
-        """Raise Stop if a signal has come."""
         if self.received:
             raise Stop(f"stopped by {signal.Signals(self.received).name}", 128 + self.received)
 
 
 @dataclass
 class Run:
-    """What every part of the loop needs to know of the run. `board` is None on ranks that do not write."""
+    """What every part of the loop needs. `board` is None on ranks that do not write."""
 
     config: Config
     folder: Path
@@ -106,81 +99,83 @@ class Run:
     board: SummaryWriter | None
 
     def say(self, line: str) -> None:
-        """A line on the screen, above the progress bars, from the main rank."""
+        """Print a line above the progress bars, on the main rank only."""
         if self.world.main:
             tqdm.write(line)
 
 
-def together(run: Run, work: Callable[[], object]) -> list:
-    """Every rank's `work()`, on every rank. A signal that any of them has received raises Stop on them all."""
-    result = stop = None
-    try:
-        run.interrupts.check()
-        result = work()
-    except Stop as signalled:
-        stop = (str(signalled), signalled.code)
-    parts = run.world.gather((result, stop))
-    for _, stop in parts:
-        if stop:
-            raise Stop(*stop)
-    return [result for result, _ in parts]
+def together(run: Run, state: State, work: Callable[[], object]) -> list:
+    """Every rank's `work()`, on every rank, or a string that says where logits were not finite.
+
+    All weights are whole while ranks work. A signal to any of them raises Stop on all.
+    """
+    part = stop = None
+    if state.sampler:
+        refill(state.sampler, state.policy)
+    with gathered(state.sampler or state.policy, run.world):
+        try:
+            run.interrupts.check()
+            part = work()
+        except FloatingPointError as problem:
+            part = str(problem)
+        except Stop as signalled:
+            stop = (str(signalled), signalled.code)
+        parts, stops = zip(*run.world.gather((part, stop)))
+    if any(stops):
+        raise Stop(*next(filter(None, stops)))
+    return list(parts)
 
 
 def pick_profiles(profiles: list[Profile], config: Config, step: int) -> list[Profile]:
-    """The step's people, all different: a piece of one shuffle after another, a function of (seed, step)."""
+    """A step's profiles, all different: each epoch is a new shuffle, cut into steps."""
     epoch, piece = divmod(step, len(profiles) // config.groups)
-    everyone = range(len(profiles))
+    everyone, first = range(len(profiles)), piece * config.groups
     order = sorted(everyone, key=lambda i: hash_key(config.seed, ORDER_STREAM, epoch, i))
-    return [profiles[i] for i in order[piece * config.groups : (piece + 1) * config.groups]]
+    return [profiles[i] for i in order[first : first + config.groups]]
 
 
 @dataclass
 class Rollout:
-    """One rank's part of a step's rollout. `error` says where logits were not finite; then it has no dialogues."""
+    """One rank's part of a step's rollout."""
 
     dialogues: list[Dialogue]
     sampled: int  # tokens
     prefilled: int  # tokens
     seconds: float
-    error: str = ""
+    error: str = ""  # where logits were not finite; then there are no dialogues
 
 
-def rollout_metrics(dialogues: list[Dialogue], parts: list[Rollout], seconds: float) -> dict[str, float]:
-    """What is known of a step before anything is learnt from it; `seconds` until the last rank was done."""
+def rollout_metrics(dialogues: list[Dialogue], parts: list[Rollout], seconds: float) -> dict:
+    """A step's metrics before the update; `seconds` lasted until the slowest rank was done."""
     good = [dialogue for dialogue in dialogues if dialogue.completed]
     turns = [turn for dialogue in dialogues for turn in dialogue.turns]
     rewards = [dialogue.reward for dialogue in good]
     sampled, times = sum(part.sampled for part in parts), [part.seconds for part in parts]
-    answers = sum(turn.user is not None for turn in turns)
-    metrics = {
+    heard = [dialogue.opening for dialogue in dialogues] + [turn.user for turn in turns]
+    ended, count = Counter(dialogue.ended for dialogue in dialogues), max(1, len(dialogues))
+    return {
         "reward/mean": fmean(rewards) if rewards else math.nan,
         "reward/std": pstdev(rewards) if rewards else math.nan,
         "emotion/final": fmean(dialogue.emotion for dialogue in good) if good else math.nan,
-        "rollout/tokens": sampled,
-        "rollout/prefill_tokens": sum(part.prefilled for part in parts),
-        "rollout/tokens_per_s": sampled / seconds,
-        "rollout/turns": len(turns) / max(1, len(dialogues)),
+        "rollout/tokens": sampled, "rollout/prefill_tokens": sum(part.prefilled for part in parts),
+        "rollout/tokens_per_s": sampled / seconds, "rollout/turns": len(turns) / count,
         "rollout/reply_tokens": fmean(len(turn.sampled_ids) for turn in turns) if turns else 0.0,
         "rollout/reply_cut": fmean(turn.stop != "eos" for turn in turns) if turns else 0.0,
         "simulator/failed": len(dialogues) - len(good),
-        "simulator/calls": answers + sum(d.opening is not None for d in dialogues),
-        "rollout/wait": max(times) - min(times),
-        "time/rollout": seconds,
-    }
-    for reason, count in Counter(dialogue.ended for dialogue in dialogues).items():
-        metrics[f"rollout/stop/{reason}"] = count / len(dialogues)
-    return metrics
+        "simulator/calls": len(heard) - heard.count(None),
+        "rollout/wait": max(times) - min(times), "time/rollout": seconds,
+        **{f"rollout/stop/{reason}": n / count for reason, n in ended.items()},
+    }  # fmt: skip
 
 
 def hold(run: Run, stage: Stage, jobs: list[Job], step: int) -> Rollout:
-    """This rank's dialogues of a step."""
-    engine = stage.engine
+    """Hold this rank's dialogues of a step."""
+    engine, dialogues, error = stage.engine, [], ""
     engine.forget()
     begun, engine.tokens_sampled, engine.tokens_prefilled = time.perf_counter(), 0, 0
-    dialogues, error, seed = [], "", (run.config.seed, step)
-    total, title = len(jobs) * stage.talk.max_turns, f"rollout {step + 1}"
-    with tqdm(total=total, desc=title, unit="reply", leave=False, dynamic_ncols=True,
-              disable=not run.world.main) as bar:
+    seed, total = (run.config.seed, step), len(jobs) * stage.talk.max_turns
+    with tqdm(total=total, desc=f"rollout {step + 1}", unit="reply", leave=False,
+              dynamic_ncols=True, disable=not run.world.main) as bar:
         try:
             dialogues = stage.hold(jobs, seed, bar.update, check=run.interrupts.check)
         except FloatingPointError as problem:
@@ -189,94 +184,69 @@ def hold(run: Run, stage: Stage, jobs: list[Job], step: int) -> Rollout:
     return Rollout(dialogues, engine.tokens_sampled, engine.tokens_prefilled, seconds, error)
 
 
-def roll_out(
-    run: Run, state: State, stage: Stage, profiles: list[Profile]
-) -> tuple[list[Dialogue], dict[str, float]]:
-    """The step's dialogues, of all ranks, and their metrics; no dialogues where logits were not finite.
+def roll_out(run: Run, state: State, stage: Stage, profiles: list[Profile]) -> tuple[list, dict]:
+    """All ranks' dialogues of a step, none where logits were not finite, and their metrics.
 
-    Whole groups go to one rank. A step with too many failed users is redone once; the metrics are of the last try.
-    Raises Stop where that failed too, or a signal came.
+    A group stays on one rank. Raises Stop where too many users failed twice, or a signal came.
     """
     config, world, step = run.config, run.world, state.step
     chosen = list(enumerate(pick_profiles(profiles, config, step)))[world.rank :: world.size]
-    jobs = [Job((group, member), who) for group, who in chosen for member in range(config.group_size)]
-    for attempt in range(2):
+    jobs = [Job((group, i), who) for group, who in chosen for i in range(config.group_size)]
+    for what_now in ("once more", "giving up"):
         begun = time.perf_counter()
-        if state.sampler:
-            refill(state.sampler, state.policy)
-        with gathered(stage.engine.model, world):
-            parts = together(run, lambda: hold(run, stage, jobs, step))
-        error = next((part.error for part in parts if part.error), "")
-        if error:
+        parts = together(run, state, lambda: hold(run, stage, jobs, step))
+        if error := next((part.error for part in parts if part.error), ""):
             run.say(f"step {step + 1}: {error}")
         found = [] if error else [dialogue for part in parts for dialogue in part.dialogues]
-        dialogues = sorted(found, key=lambda dialogue: dialogue.key)
-        seconds = time.perf_counter() - begun
+        dialogues, seconds = sorted(found, key=lambda d: d.key), time.perf_counter() - begun
         failed = [dialogue for dialogue in dialogues if not dialogue.completed]
         if len(failed) <= MAX_FAILED * len(dialogues):
             return dialogues, rollout_metrics(dialogues, parts, seconds)
         share = f"{len(failed)} of {len(dialogues)} users failed"
-        what_now = "giving up" if attempt else "once more"
         run.say(f"step {step + 1}: {share} ({failed[0].why}); {what_now}")
     raise Stop(f"{share}, twice; the first said: {failed[0].why}", 1)
 
 
 def resume_from(config: Config, run: Path, world: World) -> Path | None:
     """The checkpoint that `resume` names, if any."""
-    if config.resume == "auto":
-        return newest_sound(run, world)
-    return None if config.resume == "none" else Path(config.resume)
+    named = None if config.resume == "none" else Path(config.resume)
+    return newest_sound(run, world) if config.resume == "auto" else named
 
 
 def evaluate_step(run: Run, state: State, tokenizer) -> None:
-    """The evaluation that is due after this step, added to its metrics; nothing if it has been added already.
-
-    A run that was stopped during its evaluation begins with it when it is resumed.
-    """
-    config, world, step = run.config, run.world, state.step
+    """Hold the evaluation that is due after this step, unless the step's metrics have it."""
+    config, world, step, sampler = run.config, run.world, state.step, state.sampler or state.policy
     if not config.eval_every or not step or step % config.eval_every:
         return
     path = run.folder / "metrics.jsonl"
-    rows = own_rows(path) if world.main else []
-    row = rows[-1] if rows else {"step": 0}
+    *before, row = (world.main and own_rows(path)) or [{"step": 0}]
     pending = row["step"] == step and "eval/score" not in row
     if not world.gather(pending)[0]:  # a network file system may show other ranks an older file
         return
+    # Evaluations have the same seeds, hence the same keys: each needs a record of its own.
     record = Path(config.record_file or run.folder / "record.jsonl")
-    record = record.with_name(f"{record.stem}.eval_{step}{record.suffix}")  # all evaluations have the same seeds
-    heard, sampler = dataclasses.replace(config, record_file=str(record)), state.sampler or state.policy
-    if state.sampler:
-        refill(state.sampler, state.policy)
-
-    def held() -> tuple | str:
-        try:
-            return evaluate(heard, sampler, tokenizer, world, check=run.interrupts.check)
-        except FloatingPointError as problem:
-            return str(problem)
-
-    with gathered(sampler, world):
-        parts = together(run, held)
-    error = next((part for part in parts if isinstance(part, str)), "")
-    if error:
+    heard = replace(config, record_file=str(record.with_stem(f"{record.stem}.eval_{step}")))
+    work = partial(evaluate, heard, sampler, tokenizer, world, check=run.interrupts.check)
+    parts = together(run, state, work)
+    if error := next((part for part in parts if isinstance(part, str)), ""):
         run.say(f"ALARM evaluation {step}: {error}; it has no score")
     elif world.main:
-        dialogues, cost = join_evaluation(config, parts)
+        rows, cost = join_evaluation(config, parts)
         about = describe(config, f"{run.folder} step {step}", world)
-        result = write_evaluation(run.folder / "eval" / f"step_{step}", config, about, dialogues, cost)
+        result = write_evaluation(run.folder / "eval" / f"step_{step}", config, about, rows, cost)
         scores = {f"eval/{key}": result[key] for key in ("score", "success", "failure")}
-        write_rows(path, [*rows[:-1], row | scores])
+        write_rows(path, [*before, row | scores])
         write_scalars(run.board, scores, step)
 
 
 def describe_world(config: Config, state: State, world: World) -> str:
-    """One line on how the run is spread out, and what whole weights cost in memory."""
+    """One line on how the run is spread over ranks, and how much memory whole weights take."""
     size = sum(p.numel() for p in state.policy.parameters()) * world.dtype.itemsize / 1e9
     kind = "a replica of" if state.sampler else "during rollouts gathered weights of"
-    groups = [group for optimiser in state.optimisers for group in optimiser.param_groups]
-    trained = sum(p.numel() for group in groups for p in group["params"]) / 1e6
-    shard = config.shard or world.size
-    return (f"{world.size} ranks, one copy of the weights on each {shard}, {world.dtype}; {trained:,.1f} M trained "
-            f"parameters; generation={config.generation}: {kind} {size:.2f} GB on each rank")
+    trained = sum(p.numel() for o in state.optimisers for g in o.param_groups for p in g["params"])
+    spread = f"{world.size} ranks, one copy of the weights on each {config.shard or world.size}"
+    memory = f"generation={config.generation}: {kind} {size:.2f} GB on each rank"
+    return f"{spread}, {world.dtype}; {trained / 1e6:,.1f} M trained parameters; {memory}"
 
 
 def finish(run: Run, state: State, tokenizer) -> None:
@@ -291,62 +261,59 @@ def finish(run: Run, state: State, tokenizer) -> None:
 
 
 def load_people(config: Config) -> list[Profile]:
-    """The training profiles. Raises InputError where a step could not draw different ones, or a file is bad."""
+    """The training profiles. Raises InputError if a file is bad, or holds too few for a step."""
     if config.eval_every:
         load_profiles(config.eval_profiles)
     profiles = load_profiles(config.profiles)
-    if len(profiles) < config.groups:
-        few, most = f"{config.profiles}: holds {len(profiles)} profiles", f"groups={len(profiles)}"
-        draws = f"a step draws {config.groups} different ones"
-        raise InputError(f"{few}, but {draws}; give more by profiles=FILE, or {most} at most")
+    if (n := len(profiles)) < config.groups:
+        few = f"{config.profiles}: holds {n} profiles, but a step draws {config.groups} different"
+        raise InputError(f"{few} ones; give more by profiles=FILE, or groups={n} at most")
     return profiles
 
 
 def train(config: Config, user: User | None = None) -> Path:
-    """The whole run; `user` replaces the configured one (tests). Returns the folder of the trained model."""
+    """The whole run; tests give another `user`. Returns the folder of the trained model."""
     folder, world = open_run(config), start(config)
+    run, model = Run(config, folder, world, Interrupts(), None), folder / "model"
     if world.size > 1 and config.record == "record":
-        raise InputError("option 'record' is record, which one process alone can do; use record=off on several ranks")
-    profiles = load_people(config)
-    chat = make_chat(load_tokenizer(config.tokenizer or config.model), config.think)
-    talk = make_talk(config, training=True)
-    lock = lock_run(folder) if world.main and folder.is_dir() else None  # before anything in it is read, or renamed
-    checkpoint, model = resume_from(config, folder, world), folder / "model"
+        raise InputError("option 'record' is record, which one process alone can do; "
+                         "use record=off on several ranks")
+    profiles, talk = load_people(config), make_talk(config, training=True)
+    lock = lock_run(folder) if world.main and folder.is_dir() else None  # before anything is read
+    checkpoint = resume_from(config, folder, world)
     step = check_files(checkpoint) if checkpoint else 0
     if step >= config.steps and model.is_dir():
-        if world.main:
-            more = f"steps={step + 100} trains on"
-            print(f"{folder} is finished: {step} steps. The model lies in {model}; {more}")
+        more = f"steps={step + 100} trains on"
+        run.say(f"{folder} is finished: {step} steps. The model lies in {model}; {more}")
         return model
-    user = user or make_user(config, config.start_emotion, config.user_mode)  # before any weights are loaded
+    user = user or make_user(config, config.start_emotion, config.user_mode)  # before a model
+    chat = make_chat(load_tokenizer(config.tokenizer or config.model), config.think)
     state = build(config, world)
     if checkpoint:
         state.step = load_checkpoint(checkpoint, state.modules, state.optimisers)
-        if world.main:
-            print(f"resuming from {checkpoint}")
+        run.say(f"resuming from {checkpoint}")
     world.gather(None)  # all have looked at the run before one of them writes in it
     if world.main:
         lock = lock or lock_run(folder)
         prepare_run(config, folder, talk, state.step, world)
+        run.board = SummaryWriter(folder / "tb", purge_step=state.step + 1)
         if world.mesh is not None:
-            print(describe_world(config, state, world))
-    board = SummaryWriter(folder / "tb", purge_step=state.step + 1) if world.main else None
+            run.say(describe_world(config, state, world))
     count = -(-config.groups // world.size) * config.group_size
     head = None if state.critic else state.value_head
     engine = make_engine(config, state.sampler or state.policy, chat, count, head, world.dtype)
     here = checkpoint and checkpoint.resolve().parent == (folder / "ckpt").resolve()
     saved = state.step if here else -1
-    with lock or nullcontext(), Interrupts() as interrupts, board or nullcontext():
-        run = Run(config, folder, world, interrupts, board)
+    with lock or nullcontext(), run.interrupts, run.board or nullcontext():
         learn_steps(run, state, Stage(engine, chat, user, talk), profiles, saved)
         finish(run, state, chat.tokenizer)
-        interrupts.check()
+        run.interrupts.check()
     return model
 
 
 def learn_steps(run: Run, state: State, stage: Stage, profiles: list[Profile], saved: int) -> None:
-    """The loop: roll out, update, log, evaluate, save. `saved`: the step that is on disk already, -1 for none."""
-    config, world, skipped = run.config, run.world, 0
+    """The loop: roll out, update, log, evaluate, save. `saved`: the step on disk, -1 for none."""
+    config, world, every, skipped = run.config, run.world, run.config.save_every, 0
 
     def save() -> int:
         save_checkpoint(run.folder, state.step, state.modules, state.optimisers, world)
@@ -354,8 +321,8 @@ def learn_steps(run: Run, state: State, stage: Stage, profiles: list[Profile], s
             prune(run.folder, config.keep, best_step(run.folder))
         return state.step
 
-    with tqdm(total=config.steps, initial=state.step, desc=config.algorithm, unit="step", dynamic_ncols=True,
-              disable=not world.main) as bar:
+    with tqdm(total=config.steps, initial=state.step, desc=config.algorithm, unit="step",
+              dynamic_ncols=True, disable=not world.main) as bar:
         try:
             while True:
                 evaluate_step(run, state, stage.chat.tokenizer)
@@ -370,17 +337,16 @@ def learn_steps(run: Run, state: State, stage: Stage, profiles: list[Profile], s
                 if isinstance(stage.user, LLMUser):
                     metrics |= usage_metrics(world.gather(stage.user.drain()))
                 metrics |= update(state, config, dialogues, stage.engine.banned, world)
-                for name in (*LEARNT, *LEARNT_BY[config.algorithm], "rollout/sampler_gap"):
-                    metrics.setdefault(name, math.nan)  # every line has every key, though nothing was learnt
+                for name in (*KEYS, *KEYS_BY[config.algorithm], "rollout/sampler_gap"):
+                    metrics.setdefault(name, math.nan)  # for steps where nothing was learnt
                 state.step += 1
                 now = time.perf_counter()
                 metrics |= {"time/update": now - rolled, "time/step": now - begun}
-                log = functools.partial(log_step, run.folder, state.step, dialogues, metrics, run.board)
+                log = partial(log_step, run.folder, state.step, dialogues, metrics, run.board)
                 agree(world, run.folder, log if world.main else None)
                 bar.update()
-                bar.set_postfix_str(f"emotion {metrics['emotion/final']:.1f}, {metrics['time/step']:.0f} s")
-                due = config.save_every and state.step % config.save_every == 0
-                if state.step == config.steps or due:
+                bar.set_postfix_str(f"emotion {metrics['emotion/final']:.1f}, {now - begun:.0f} s")
+                if state.step == config.steps or (every and state.step % every == 0):
                     saved = save()
                 skipped = skipped + 1 if metrics["skipped"] else 0
                 if skipped >= MAX_SKIPPED:
@@ -424,6 +390,6 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except InputError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once a node: what is missing may be so on one of them alone
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once a node: its files may differ
             print(error, file=sys.stderr)
         sys.exit(2)

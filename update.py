@@ -1,12 +1,11 @@
 """From dialogues to changed weights: advantages, losses, optimiser steps, for PPO and GRPO alike.
 
-`update` is the way through this file: dialogues -> trajectories -> micro-batches (`Piece`) -> advantages -> `learn`
-(one optimiser step). It has one branch, on the algorithm. GRPO compares rewards within a group, which needs no model,
-so its advantages come first. PPO needs the critic's values, so the pieces are scored (`score`) before its advantages.
-The formulas are in `ppo.py` and `grpo.py`; here is what joins them to models, packing and dialogues.
+`update` is the way through: dialogues -> trajectories -> micro-batches (`Piece`) -> advantages ->
+`learn` (one optimiser step). It has one branch: GRPO's advantages compare rewards within a group
+and come first; PPO's need the critic's values, so the pieces are scored (`score`) before them.
 
-Every rank knows all dialogues and computes on its share of their trajectories. So all of them make the same decisions
-without asking, and only vectors over trained tokens (values, log-probabilities) are exchanged.
+Every rank knows all dialogues and computes on its share of their trajectories, so all decide alike
+without asking, and only vectors over trained tokens are exchanged.
 """
 
 import math
@@ -27,21 +26,23 @@ from model import PackedAttention, Transformer, ValueHead, add_adapters, predict
 from rollout import Batch, Dialogue, Trajectory, balance, pack, split, token_rewards, trajectories
 from simulator import Key, hash_key
 
+Vectors = dict[Key, Tensor]  # dialogue -> one number for each of its trained tokens
+Spans = dict[Key, list[int]]  # dialogue -> lengths of its parts, each one action with one advantage
+Metrics = dict[str, float]
+Estimates = tuple[dict[str, Vectors], Metrics]  # vectors by the attribute of Piece they are for
+Pieces = list["Piece"]
+
 
 @dataclass
 class State:
-    """What training changes. `critic` is a trunk of its own or None; either kind of critic ends in `value_head`.
-
-    Under LoRA one model is policy, critic and reference, each with another adapter. `sampler` is the policy's replica
-    where rollouts have one.
-    """
+    """What training changes. Under LoRA one model serves as policy, critic and reference."""
 
     policy: Transformer
-    critic: Transformer | None
+    critic: Transformer | None  # None with PPO: the value head reads the policy's hidden states
     value_head: ValueHead | None
     reference: Transformer | None
     optimisers: list[torch.optim.Optimizer]
-    sampler: Transformer | None = None
+    sampler: Transformer | None = None  # the policy's replica, where rollouts have one
     step: int = 0
 
     @property
@@ -52,17 +53,18 @@ class State:
         return {key: module for key, module in named.items() if module is not None}
 
 
-def make_model(config: Config, world: World, critic: bool = False, frozen: bool = False) -> Transformer:
-    """A model of the run, sharded over the ranks: the policy, or the trunk of a critic, or a frozen reference."""
+def make_model(config: Config, world: World, critic=False, frozen=False) -> Transformer:
+    """A model of the run, sharded over the ranks: policy, critic's trunk or frozen reference."""
 
     def prepare(model: Transformer) -> None:
         model.checkpointing = config.checkpointing
         if critic:
             model.lm_head = None
         if config.lora_rank:
-            names = ["policy", "critic"] if config.algorithm == "ppo" and config.critic == "trunk" else ["policy"]
+            critics = ["critic"] if config.algorithm == "ppo" and config.critic == "trunk" else []
+            targets = config.lora_targets.split(",")
             model.to(world.dtype)  # frozen: nothing is summed into it
-            add_adapters(model, names, config.lora_rank, config.lora_alpha, config.lora_targets.split(","))
+            add_adapters(model, ["policy", *critics], config.lora_rank, config.lora_alpha, targets)
         if frozen:
             model.requires_grad_(False)
         shard(model, world)
@@ -81,76 +83,71 @@ def build(config: Config, world: World) -> State:
     if config.kl_coef:
         reference = policy if config.lora_rank else make_model(config, world, frozen=True)
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    own = [p for name, p in trained.items() if ".critic." not in name]
     values = [p for name, p in trained.items() if ".critic." in name]  # the critic's adapter
-    values += [*(head.parameters() if head else []), *(critic.parameters() if critic and critic is not policy else [])]
-    own = groups([p for name, p in trained.items() if ".critic." not in name], config.lr, config.warmup)
+    for module in (head, None if critic is policy else critic):
+        values += module.parameters() if module else []
+    chosen = groups(own, config.lr, config.warmup)
     extra = groups(values, config.critic_lr, config.critic_warmup)
-    sets = [own, extra] if critic else [own + extra]
-    optimisers = [torch.optim.AdamW(chosen, betas=(0.9, 0.95), weight_decay=0.0, fused=True) for chosen in sets]
-    state = State(policy, critic, head, reference, optimisers)
-    if world.mesh is not None and config.generation == "replica":
-        state.sampler = make_replica(policy, config, world)
-    return state
+    sets = [chosen, extra] if critic else [chosen + extra]
+    options = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
+    optimisers = [torch.optim.AdamW(each, **options) for each in sets]
+    replica = world.mesh is not None and config.generation == "replica"
+    sampler = make_replica(policy, config, world) if replica else None
+    return State(policy, critic, head, reference, optimisers, sampler)
 
 
 def groups(parameters: list[nn.Parameter], lr: float, warmup: int) -> list[dict]:
-    """AdamW's parameter groups. `warmup` steps scale `base_lr` up to its full value.
-
-    Sharded and replicated parameters never share a group: AdamW cannot treat them in one call.
-    """
-    kinds: dict[bool, list[nn.Parameter]] = {}
+    """AdamW's parameter groups. `warmup` steps scale `base_lr` up to its full value."""
+    kinds: dict[bool, list[nn.Parameter]] = {}  # sharded or not: AdamW takes no mixture in one call
     for p in parameters:
         kinds.setdefault(isinstance(p, DTensor), []).append(p)
-    return [{"params": chosen, "lr": lr, "base_lr": lr, "warmup": warmup} for chosen in kinds.values()]
+    return [{"params": kind, "lr": lr, "base_lr": lr, "warmup": warmup} for kind in kinds.values()]
 
 
 def set_learning_rates(state: State, config: Config) -> None:
-    """Linear warm-up times `lr_schedule`: a function of the step and the config, so nothing of it needs saving."""
+    """Linear warm-up times `lr_schedule`: both follow from step and config, so nothing is saved."""
     left = 1 - state.step / config.steps if config.lr_schedule == "linear" else 1.0
-    for optimiser in state.optimisers:
-        for group in optimiser.param_groups:
-            group["lr"] = group["base_lr"] * left * min(1.0, (state.step + 1) / max(1, group["warmup"]))
+    every = [group for optimiser in state.optimisers for group in optimiser.param_groups]
+    for group in every:
+        group["lr"] = group["base_lr"] * left * min(1.0, (state.step + 1) / max(1, group["warmup"]))
 
 
 def forward(
     model: Transformer, config: Config, batch: Batch, banned: Tensor, adapter: str | None = "policy"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities and entropies [N] of the batch's N trained tokens, and the hidden states [N, D] they came from.
-
-    The hidden state that predicts token t is that of the state before t, hence also where t's value is read.
-    """
-    where_N = predictors(batch.mask_T)
+    """Log-probabilities and entropies [N] of the trained tokens, and their hidden states [N, D]."""
+    # A token's hidden state is that of the token before it, which predicts it and has its value.
     attend = PackedAttention(batch.cu_seqlens, batch.tokens_T.device)
-    hidden_ND = model(batch.tokens_T, batch.position_T, attend, adapter)[where_N]
-    target_N = batch.tokens_T[where_N + 1]
-    return *token_logprobs(hidden_ND, model.output_weight, target_N, banned, config.temperature), hidden_ND
+    hidden_ND = model(batch.tokens_T, batch.position_T, attend, adapter)[predictors(batch.mask_T)]
+    target_N = batch.tokens_T[batch.mask_T]
+    scores = token_logprobs(hidden_ND, model.output_weight, target_N, banned, config.temperature)
+    return *scores, hidden_ND
 
 
 def values(state: State, batch: Batch) -> Tensor:
-    """The critic's values [N] of the batch's trained tokens, without the policy's log-probabilities."""
+    """The critic's values [N], each read from the hidden state that predicts a trained token."""
     trunk, adapter = (state.critic, "critic") if state.critic else (state.policy, "policy")
     attend = PackedAttention(batch.cu_seqlens, batch.tokens_T.device)
-    return state.value_head(trunk(batch.tokens_T, batch.position_T, attend, adapter)[predictors(batch.mask_T)])
+    hidden_TD = trunk(batch.tokens_T, batch.position_T, attend, adapter)
+    return state.value_head(hidden_TD[predictors(batch.mask_T)])
 
 
 @dataclass
 class Piece:
-    """A micro-batch and what the loss needs beside it, all [N]. `old_logp` is None where the forward's own serves.
-
-    A piece of weight 0 is a dummy batch, so that every rank makes the same collective calls; its gradient is zero.
-    """
+    """A micro-batch and what its loss needs beside it, all [N]."""
 
     batch: Batch
     advantage: Tensor | None = None
     returns: Tensor | None = None
     old_value: Tensor | None = None
-    old_logp: Tensor | None = None
+    old_logp: Tensor | None = None  # None where the forward pass of the loss gives the same
     reference_logp: Tensor | None = None
-    weight: float = 1.0
+    weight: float = 1.0  # 0 for a dummy, so that every rank makes the same collective calls
 
 
-def make_pieces(items: list[Trajectory], config: Config, world: World, banned: Tensor) -> list[Piece]:
-    """This rank's micro-batches of trajectories that are shared out by length; as many as any other rank has."""
+def make_pieces(items: list[Trajectory], config: Config, world: World, banned: Tensor) -> Pieces:
+    """This rank's micro-batches of trajectories shared out by length; every rank has as many."""
     cuts = [split(share, config.micro_tokens) for share in balance(items, world.size)]
     pieces = [Piece(pack(part).to(banned.device)) for part in cuts[world.rank]]
     free = int((~banned).long().argmax())  # any token with a probability
@@ -162,8 +159,8 @@ def make_pieces(items: list[Trajectory], config: Config, world: World, banned: T
 
 
 @torch.no_grad()
-def score(state: State, config: Config, pieces: list[Piece], banned: Tensor) -> None:
-    """Fill in what the models say of the pieces before any of them is learnt from: old values and log-probabilities."""
+def score(state: State, config: Config, pieces: Pieces, banned: Tensor) -> None:
+    """Fill in the pieces' old values and log-probabilities, before any of them is learnt from."""
     for piece in pieces:
         if config.kl_coef:
             piece.reference_logp = forward(state.reference, config, piece.batch, banned, None)[0]
@@ -171,21 +168,14 @@ def score(state: State, config: Config, pieces: list[Piece], banned: Tensor) -> 
             piece.old_logp = forward(state.policy, config, piece.batch, banned)[0]
         if state.critic:
             piece.old_value = values(state, piece.batch)
-        elif state.value_head:  # a baseline need only be a function of the state: the sampler's serves, and is free
+        elif state.value_head:  # any function of the state may be a baseline: the sampler's is free
             piece.old_value = piece.batch.value_T[piece.batch.mask_T]
     if state.reference and state.reference is not state.policy:
         release(state.reference)
 
 
-Vectors = dict[Key, Tensor]  # dialogue -> one number for each of its trained tokens
-
-
-def grpo_vectors(config: Config, rewards: Vectors, spans: dict[Key, list[int]]) -> tuple[dict[str, Vectors], dict]:
-    """Advantages of all dialogues whose group has more than one, and metrics.
-
-    `spans`: the number of trained tokens in each part of a dialogue that is one action and gets one advantage, which is
-    the reward from its beginning on against the group's.
-    """
+def grpo_vectors(config: Config, rewards: Vectors, spans: Spans) -> Estimates:
+    """Advantages of all dialogues whose group has more than one, and metrics."""
     to_go = {}
     for key, lengths in spans.items():
         begins = [sum(lengths[:i]) for i in range(len(lengths))]
@@ -195,14 +185,13 @@ def grpo_vectors(config: Config, rewards: Vectors, spans: dict[Key, list[int]]) 
     return {"advantage": advantage}, {"group/zero_spread": flat}
 
 
-def ppo_vectors(
-    config: Config, rewards: Vectors, spans: dict[Key, list[int]], value: Vectors
-) -> tuple[dict[str, Vectors], dict]:
-    """Advantages and returns of all dialogues from the critic's values, and metrics; `spans` as above."""
+def ppo_vectors(config: Config, rewards: Vectors, spans: Spans, value: Vectors) -> Estimates:
+    """Advantages and returns of all dialogues from the critic's values, and metrics."""
     keys, advantage, returns = sorted(value), {}, {}
     for key in keys:
         turns = spans[key] if config.credit == "turn" else None
-        advantage[key], returns[key] = ppo.gae(rewards[key], value[key], config.gamma, config.lam, turns)
+        found = ppo.gae(rewards[key], value[key], config.gamma, config.lam, turns)
+        advantage[key], returns[key] = found
     if config.scale_advantage:
         white = ppo.whiten(torch.cat([advantage[key] for key in keys]))
         advantage = dict(zip(keys, white.split([len(advantage[key]) for key in keys])))
@@ -212,13 +201,14 @@ def ppo_vectors(
     return {"advantage": advantage, "returns": returns}, metrics
 
 
-def by_dialogue(pieces: list[Piece], vectors: list[Tensor], world: World) -> dict[Key, Tensor]:
-    """Vectors over the trained tokens of all ranks' pieces, regrouped: key -> those of that dialogue in order."""
+def by_dialogue(pieces: Pieces, vectors: list[Tensor], world: World) -> Vectors:
+    """Vectors over the trained tokens of all ranks' pieces, joined to one for each dialogue."""
     mine: dict[tuple[Key, int], list[float]] = {}
     for piece, vector_N in zip(pieces, vectors):
         if piece.weight:
-            parts = vector_N.cpu().split(piece.batch.trained)
-            mine |= {where: part.tolist() for where, part in zip(zip(piece.batch.keys, piece.batch.begins), parts)}
+            b = piece.batch
+            for key, begin, part in zip(b.keys, b.begins, vector_N.cpu().split(b.trained)):
+                mine[key, begin] = part.tolist()
     everyone = {where: part for found in world.gather(mine) for where, part in found.items()}
     joined: dict[Key, list[float]] = {}
     for key, begin in sorted(everyone):
@@ -226,54 +216,50 @@ def by_dialogue(pieces: list[Piece], vectors: list[Tensor], world: World) -> dic
     return {key: torch.tensor(whole) for key, whole in joined.items()}
 
 
-def scatter(pieces: list[Piece], vectors: dict[Key, Tensor], name: str) -> None:
+def scatter(pieces: Pieces, vectors: Vectors, name: str) -> None:
     """The way back from `by_dialogue`: set attribute `name` of each of this rank's pieces."""
     for piece in pieces:
         if piece.weight:
             b = piece.batch
-            parts = [vectors[key][begin : begin + n] for key, begin, n in zip(b.keys, b.begins, b.trained)]
+            places = zip(b.keys, b.begins, b.trained)
+            parts = [vectors[key][begin : begin + n] for key, begin, n in places]
             setattr(piece, name, torch.cat(parts).to(b.tokens_T.device))
 
 
-def learn(state: State, config: Config, pieces: list[Piece], banned: Tensor, world: World) -> dict[str, float]:
-    """One optimiser step on the pieces of all ranks; sums over trained tokens divided once by the number of them all.
-
-    Returns metrics. Gradients that are not finite leave the weights as they are and count as "skipped".
-    """
+def learn(state: State, config: Config, pieces: Pieces, banned: Tensor, world: World) -> Metrics:
+    """One optimiser step on all ranks' pieces, skipped if a number is not finite; its metrics."""
     total = sum(world.gather(sum(len(piece.advantage) for piece in pieces if piece.weight)))
-    share = world.size / total  # FSDP averages gradients over ranks
+    share = world.size / total  # one denominator for all; FSDP averages gradients over ranks
     sums: Counter = Counter()
     for piece in pieces:
         logp, entropy, hidden = forward(state.policy, config, piece.batch, banned)
         old = logp.detach() if piece.old_logp is None else piece.old_logp
         policy, approx_kl, clipped = ppo.policy_loss(logp, old, piece.advantage, config.clip)
-        loss, value_part = policy - config.entropy_coef * entropy.sum(), torch.zeros(())
+        loss = policy - config.entropy_coef * entropy.sum()
+        targets = piece.old_value, piece.returns, config.value_clip
         if state.value_head and not state.critic:
-            value_part = ppo.value_loss(state.value_head(hidden), piece.old_value, piece.returns, config.value_clip)
+            value_part = ppo.value_loss(state.value_head(hidden), *targets)
             loss = loss + config.vf_coef * value_part
         if piece.reference_logp is not None:
             loss = loss + config.kl_coef * ppo.kl_loss(logp, piece.reference_logp)
-            ratio = (piece.reference_logp - logp).detach()
-            sums["policy/kl_reference"] += piece.weight * float((ratio.exp() - 1 - ratio).sum())  # k3
+            log_gap = (piece.reference_logp - logp).detach()  # for k3, a KL estimator
+            sums["policy/kl_reference"] += piece.weight * float((log_gap.exp() - 1 - log_gap).sum())
         (loss * (piece.weight * share)).backward()
-        if state.critic:  # its loss shares nothing with the policy's: activations of one are gone before the other's
-            value_part = ppo.value_loss(values(state, piece.batch), piece.old_value, piece.returns, config.value_clip)
+        if state.critic:  # last, so that only one model's activations are in memory
+            value_part = ppo.value_loss(values(state, piece.batch), *targets)
             (value_part * (piece.weight * share)).backward()
         gap = (logp.detach() - piece.batch.logp_T[piece.batch.mask_T]).abs()
-        for name, amount in (
-            ("policy/loss", policy), ("policy/approx_kl", approx_kl), ("policy/clipfrac", clipped),
-            ("policy/entropy", entropy.sum()), ("rollout/sampler_gap", gap.sum()), ("value/loss", value_part),
-        ):
+        amounts = {"policy/loss": policy, "policy/approx_kl": approx_kl, "policy/clipfrac": clipped}
+        amounts |= {"policy/entropy": entropy.sum(), "rollout/sampler_gap": gap.sum()}
+        amounts |= {"value/loss": value_part} if state.value_head else {}
+        for name, amount in amounts.items():
             sums[name] += piece.weight * float(amount.detach())
     everyone = world.gather(sums)
     metrics = {name: sum(found[name] for found in everyone) / total for name in sums}
-    if not state.value_head:
-        del metrics["value/loss"]
-    finite = all(math.isfinite(amount) for amount in metrics.values())
     for name, optimiser in zip(("policy/grad_norm", "value/grad_norm"), state.optimisers):
         parameters = [p for group in optimiser.param_groups for p in group["params"]]
         metrics[name] = clip_gradients(parameters, config.grad_clip, world)
-        finite = finite and math.isfinite(metrics[name])
+    finite = all(math.isfinite(amount) for amount in metrics.values())
     for optimiser in state.optimisers:
         if finite:
             optimiser.step()
@@ -283,34 +269,32 @@ def learn(state: State, config: Config, pieces: list[Piece], banned: Tensor, wor
 
 def make_minibatches(
     state: State, config: Config, dialogues: list[Dialogue], banned: Tensor, world: World
-) -> list[list[Piece]]:
-    """The pieces of each optimiser step: whole dialogues, dealt out in a shuffled order of their own."""
+) -> list[Pieces]:
+    """The pieces of each optimiser step: whole dialogues, dealt out in a shuffled order."""
     items = {dialogue.key: trajectories(dialogue, config.think) for dialogue in dialogues}
     order = sorted(items, key=lambda key: hash_key(config.seed, state.step, *key))
     dealt = [sorted(order[index :: config.minibatches]) for index in range(config.minibatches)]
-    return [
-        make_pieces([item for key in keys for item in items[key]], config, world, banned)
-        for keys in dealt if keys
-    ]  # fmt: skip
+    parts = [[item for key in keys for item in items[key]] for keys in dealt]
+    return [make_pieces(part, config, world, banned) for part in parts if part]
 
 
 def update(
-    state: State, config: Config, dialogues: list[Dialogue], banned: Tensor, world: World | None = None
-) -> dict[str, float]:
-    """All optimiser steps of one iteration on the dialogues of all ranks, which every rank brings.
-
-    Returns the metrics, means over the optimiser steps; only "skipped" where there was nothing to learn from.
-    """
+    state: State, config: Config, dialogues: list[Dialogue], banned: Tensor,
+    world: World | None = None,
+) -> Metrics:  # fmt: skip
+    """All optimiser steps of an iteration on all ranks' dialogues; returns their mean metrics."""
     world = world or World()
     good = [dialogue for dialogue in dialogues if dialogue.completed and dialogue.turns]
     if config.learn_from:
-        chosen = grpo.most_varied({dialogue.key: dialogue.reward for dialogue in good}, config.learn_from)
+        final = {dialogue.key: dialogue.reward for dialogue in good}
+        chosen = grpo.most_varied(final, config.learn_from)
         good = [dialogue for dialogue in good if dialogue.key in chosen]
-    if not good:
+    if not good:  # nothing to learn from
         return {"skipped": 1.0}
-    rewards = {dialogue.key: torch.tensor(token_rewards(dialogue, config.credit)) for dialogue in good}
+    credit = config.credit
+    rewards = {dialogue.key: torch.tensor(token_rewards(dialogue, credit)) for dialogue in good}
     spans = {dialogue.key: [len(turn.sampled_ids) for turn in dialogue.turns] for dialogue in good}
-    if config.credit == "final":
+    if credit == "final":
         spans = {key: [sum(lengths)] for key, lengths in spans.items()}
     if config.algorithm == "grpo":
         vectors, metrics = grpo_vectors(config, rewards, spans)
@@ -329,6 +313,6 @@ def update(
     for name, found in vectors.items():
         scatter(pieces, found, name)
     set_learning_rates(state, config)
-    steps = [learn(state, config, part, banned, world) for _ in range(config.epochs) for part in minibatches]
+    steps = [learn(state, config, part, banned, world) for part in minibatches * config.epochs]
     metrics["policy/lr"] = state.optimisers[0].param_groups[0]["lr"]
     return {**metrics, **{name: fmean(step[name] for step in steps) for name in steps[0]}}

@@ -120,9 +120,11 @@ def test_a_refused_call_fails_at_once_and_the_next_is_asked_all_the_same(status)
         assert ask(client, call(1))[0].text and len(server.requests) == 2
 
 
-def test_a_cut_answer_says_so():
-    with serve("cut") as server:
+def test_an_answer_that_was_cut_at_its_cap_is_asked_for_again(chat, folder):
+    with serve("cut", "cut") as server:
         assert ask(endpoint(server), call())[0].cut
+        (dialogue,), user = hold(chat, endpoint(server), folder, make_jobs(1, 1), turns=1, and_user=True)
+        assert dialogue.completed and usage_metrics([user.drain()])["simulator/parse_failures"] == 1
 
 
 def test_retry_after_is_honoured():
@@ -176,7 +178,7 @@ def test_a_server_that_is_busy_or_still_loading_is_one(fault):
 @pytest.mark.parametrize("fault, words", [
     ("401", "401; look at the key"), ("404", "404; look at user_model and the path"),
     ("400", "400; look at user_model"),
-    ("html", "no OpenAI-compatible server"), ("drop", "nobody answers"), ("hang", "nobody answers"),
+    ("html", "is no OpenAI-compatible server"), ("drop", "nobody answers"), ("hang", "nobody answers"),
 ])  # fmt: skip
 def test_a_run_whose_endpoint_is_of_no_use_ends_before_anything_is_loaded(tiny, folder, monkeypatch, fault, words):
     monkeypatch.setattr(train, "build", lambda *_: pytest.fail("weights were loaded"))

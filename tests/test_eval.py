@@ -117,7 +117,7 @@ def test_a_log_without_a_completed_dialogue_has_no_score(tmp_path, capsys):
     assert (row["n"], row["failed"], row["score"]) == (0, 1, None)
 
 
-# PAPER.md, section 4: score, success, failure.
+# What SAGE published for these logs: score, success, failure.
 PUBLISHED = {
     "gpt-4.1": (68.2, 35, 13),
     "claude3.7-think": (61.3, 23, 19),

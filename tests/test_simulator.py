@@ -116,7 +116,7 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path):
         load_profiles(path)
 
 
-# PAPER.md, section 4: how often each intention and persona type occurs in the released profiles, test and train.
+# How often each intention and persona type occurs in the released profiles, test and train.
 RELEASED = {
     "intention": dict(
         praise=(13, 57),

@@ -222,3 +222,13 @@ def test_training_raises_a_scripted_users_emotion(tiny, algorithm, critic):
     emotion = [row["emotion/final"] for row in metrics(config)]
     assert sum(emotion[:3]) / 3 < 48
     assert sum(emotion[-3:]) / 3 > 62
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_format_rule_can_be_switched_off(tiny, strict):
+    """The tiny model never thinks in the right form: with the rule all is reward 0, without it the user hears it."""
+    config = tiny(think=True, strict_format=strict, steps=1)
+    go(config)
+    rows = evaluation.read_log(f"{config.run}/dialogues.jsonl")
+    assert {row["ended"] == "format" for row in rows} == {strict}
+    assert all((row["reward"] == 0) == strict and len(row["history"]) == (2 if strict else 5) for row in rows)

@@ -1,8 +1,9 @@
 """Who plays a person. `make_user` is the one place where the option `user` is decided.
 
-`offline.py` is a user without a language model (`fluency.py` is its ear for how people talk), `llm_user.py` one that is
-a language model, and `clients.py` holds what that model may be: an endpoint, or a checkpoint in our own engine. All of
-them follow the protocol of `simulator.User`; docs/simulators.md shows one of your own in thirty lines.
+`offline.py` is a user without a language model (`fluency.py` is its ear for how people talk),
+`llm_user.py` one that is a language model, and `clients.py` holds what that model may be: an
+endpoint, or a checkpoint in our own engine. All follow the protocol of `simulator.User`;
+docs/simulators.md shows one of your own in thirty lines.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ def make_user(config: Config, start: float, mode: str) -> User:
 
 
 def user_name(config: Config, mode: str) -> str:
-    """Who the user is, for whoever reads a result: the offline user by version and data, a model by name."""
+    """Who the user is, for readers of a result: by version and data, or a model by name."""
     if config.user == "offline":
         return f"offline {user_hash()}, {mode}"
     prompts = (config.prompts or "our prompts") + (", one call a turn" if config.one_call else "")
@@ -43,11 +44,8 @@ def user_name(config: Config, mode: str) -> str:
 def make_client(config: Config) -> Endpoint | Local | Record:
     """The language model that plays the user, recorded or replayed where the config says so."""
     path = Path(config.record_file or Path(config.run) / "record.jsonl")
-    settings = {
-        "model": config.user_model,
-        "temperature": config.user_temperature,
-        "max_tokens": config.user_tokens,
-    }
+    known = {"model": "user_model", "temperature": "user_temperature", "max_tokens": "user_tokens"}
+    settings = {name: getattr(config, key) for name, key in known.items()}
     if config.record == "replay":
         return Record(path, settings)
     client = connect(dataclasses.replace(config, record="off", record_file=""))
@@ -56,16 +54,16 @@ def make_client(config: Config) -> Endpoint | Local | Record:
 
 @functools.lru_cache(maxsize=1)
 def connect(config: Config) -> Endpoint | Local:
-    """The live model behind `make_client`. A run's evaluations share it: threads, connections, weights."""
+    """The live model behind `make_client`, which a run's evaluations share."""
     if config.user == "llm":
         endpoint = Endpoint(config)
         endpoint.probe()
         return endpoint
-    chat = make_chat(load_tokenizer(config.user_model), think=False)
-    device = pick_device(config)
-    dtype = torch.bfloat16 if config.user_dtype == "bf16" else half_on_gpu(config.user_dtype, device)
+    chat, device = make_chat(load_tokenizer(config.user_model), think=False), pick_device(config)
+    half = config.user_dtype == "bf16"
+    dtype = torch.bfloat16 if half else half_on_gpu(config.user_dtype, device)
     model = load_model(config.user_model, config.seed, device, lambda model: model.to(dtype))
     banned = banned_ids(chat.tokenizer, model.config.vocab_size, (chat.end,))
-    slots = config.user_concurrency * (1 if config.one_call else 2)  # a slot for each hop of a dialogue
+    slots = config.user_concurrency * (1 if config.one_call else 2)  # one for each hop
     engine = Engine(model, banned, (chat.end,), slots, config.user_context, config.user_temperature)
     return Local(engine, chat, config.user_tokens)

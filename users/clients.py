@@ -1,9 +1,9 @@
 """Language models that a simulated user asks: an OpenAI-compatible endpoint, or a local checkpoint.
 
-A client takes a `Call` and gives its answer later: `submit` never blocks and `poll` collects what has
-come, so that the policy's engine goes on while users think. Whether an answer makes sense is judged by
-who asked. `Record` stands between the two and writes every answer down, or plays a written one back.
-The key comes from the environment; no error that leaves this file quotes a key, or what a server said.
+A client takes a `Call` and gives its answer later: `submit` never blocks and `poll` collects what
+has come, so that the policy's engine goes on while users think. Whether an answer makes sense is
+judged by who asked. `Record` stands between the two: it writes answers down, or plays them back.
+The key comes from the environment; no error of this file quotes a key, or what a server said.
 """
 
 import collections
@@ -20,14 +20,15 @@ from urllib.parse import urlsplit
 
 from config import Config, InputError, add_rows, own_rows, read_rows, write_rows
 
-REFUSED = (400, 401, 402, 403, 404, 422)  # the same request would be refused again
+KEY = (401, 402, 403)  # refused because of who asks
+REFUSED = (400, *KEY, 404, 422)  # the same request would be refused again
 NO_ANSWER = (ValueError, KeyError, IndexError, TypeError, AttributeError, TimeoutError)
 CONNECT = 5.0  # seconds to reach a server
 
 
 @dataclass(frozen=True)
 class Call:
-    """One question: the dialogue (key, its seed), turn, hop and attempt it is of, and chat messages."""
+    """One question: which dialogue (key, its seed), turn, hop and attempt, and chat messages."""
 
     key: tuple[int, int]
     seed: int
@@ -74,33 +75,32 @@ class Endpoint:
 
         url, name = urlsplit(config.user_url), config.user_key_env
         if url.scheme not in ("http", "https") or not url.hostname:
-            example = "write user_url=http://127.0.0.1:8001/v1"
-            raise InputError(f"option 'user_url' is no http address: {config.user_url!r}; {example}")
+            wrong = f"option 'user_url' is no http address: {config.user_url!r}"
+            raise InputError(f"{wrong}; write user_url=http://127.0.0.1:8001/v1")
         if url.username or url.password or "key=" in url.query:
-            raise InputError("option 'user_url' holds a secret, which config.json would show; put it in "
-                             "the environment and name the variable: user_key_env=NAME")
+            raise InputError("option 'user_url' holds a secret, which config.json would show; put "
+                             "it in an environment variable and name that: user_key_env=NAME")
         key = os.environ.get(name, "").strip() if name else "none"  # a local server wants none
         if not key:
             raise InputError(f"option 'user_key_env': the environment has no {name}; export it")
         limit = httpx.Timeout(config.user_timeout, connect=min(CONNECT, config.user_timeout))
-        retries = config.user_retries
-        self.client = openai.OpenAI(
-            base_url=config.user_url, api_key=key, max_retries=retries, timeout=limit
-        )
+        self.client = openai.OpenAI(api_key=key, base_url=config.user_url, timeout=limit,
+                                    max_retries=config.user_retries)  # fmt: skip
         self.config, self.openai, self.httpx = config, openai, httpx
         self.json_mode = config.user_json
         self.todo, self.done = queue.SimpleQueue(), queue.SimpleQueue()
-        for _ in range(config.user_concurrency):  # daemons: a hanging server must not keep a run alive
+        for _ in range(config.user_concurrency):  # daemons: no hanging server keeps a run alive
             threading.Thread(target=self.work, daemon=True).start()
 
     def probe(self) -> None:
         """Ask once, before any weights are loaded; learns whether the server takes JSON mode.
 
-        Raises InputError where nobody is there, or the key or the model is refused. A server that is
-        busy, or still loading, is one.
+        Raises InputError where nobody is there, or the key or the model is refused. A server that
+        is busy, or still loading, is one.
         """
-        call, where = Call((0, 0), 0, 0, "probe", 0, "Answer with JSON.", "{}"), self.config.user_url
+        call = Call((0, 0), 0, 0, "probe", 0, "Answer with JSON.", "{}")
         client = self.client.with_options(max_retries=0)
+        where = f"option 'user_url': {self.config.user_url}"
         try:
             try:
                 self.request(client, call, 1)
@@ -109,12 +109,12 @@ class Endpoint:
                 self.request(client, call, 1)
         except self.openai.APIStatusError as error:
             if (code := error.status_code) in REFUSED:
-                look = "the key (user_key_env)" if code in (401, 402, 403) else "user_model and the path"
-                raise InputError(f"option 'user_url': {where} answered {code}; look at {look}") from None
+                look = "the key (user_key_env)" if code in KEY else "user_model and the path"
+                raise InputError(f"{where} answered {code}; look at {look}") from None
         except (self.openai.APIConnectionError, self.httpx.HTTPError):
-            raise InputError(f"option 'user_url': nobody answers at {where}; start the server") from None
+            raise InputError(f"{where}: nobody answers there; start the server") from None
         except NO_ANSWER:
-            raise InputError(f"option 'user_url': {where} is no OpenAI-compatible server") from None
+            raise InputError(f"{where} is no OpenAI-compatible server") from None
 
     def begin(self) -> None:
         """A new rollout: nothing to forget."""
@@ -138,11 +138,11 @@ class Endpoint:
             return got
 
     def answer(self, call: Call) -> Answer:
-        """The server's answer, an empty one where it is none. Never raises, since this is a thread."""
+        """The server's answer, empty where it is none. Never raises, since this is a thread."""
         try:
             return self.request(self.client, call, self.config.user_tokens)
         except self.openai.APIStatusError as error:
-            hint = "; look at the key" if error.status_code in (401, 402, 403) else ""
+            hint = "; look at the key" if error.status_code in KEY else ""
             return Answer(failed=f"the user's server answered {error.status_code}{hint}")
         except self.openai.APITimeoutError:
             return Answer(failed="the user's server did not answer in time")
@@ -155,29 +155,29 @@ class Endpoint:
         """One answer. Raises openai's and httpx's errors, and NO_ANSWER for what is none."""
         begun, body, mode = time.monotonic(), b"", {"response_format": {"type": "json_object"}}
         with client.chat.completions.with_streaming_response.create(
-            model=self.config.user_model, temperature=self.config.user_temperature, max_tokens=tokens,
-            messages=[{"role": role, "content": getattr(call, role)} for role in ("system", "user")],
-            seed=(call.seed + call.attempt) % (1 << 31), **(mode if self.json_mode else {}),
+            messages=[{"role": who, "content": getattr(call, who)} for who in ("system", "user")],
+            model=self.config.user_model, temperature=self.config.user_temperature,
+            max_tokens=tokens, seed=(call.seed + call.attempt) % (1 << 31),
+            **(mode if self.json_mode else {}),
         ) as reply:  # fmt: skip
             opened = time.monotonic()
-            for piece in reply.iter_bytes():  # blanks may trickle in, so that no read ever times out
+            for piece in reply.iter_bytes():  # blanks may trickle in: no read ever times out
                 body += piece
                 if time.monotonic() - opened > self.config.user_timeout:
                     raise TimeoutError
         row = json.loads(body)
         used, choice = row.get("usage") or {}, row["choices"][0]
-        return Answer(
-            (choice["message"]["content"] or "").strip(), cut=choice.get("finish_reason") == "length",
-            retries=reply.retries_taken, tokens_in=used.get("prompt_tokens") or 0,
-            tokens_out=used.get("completion_tokens") or 0, seconds=time.monotonic() - begun,
-        )  # fmt: skip
+        text, cut = choice["message"]["content"] or "", choice.get("finish_reason") == "length"
+        tokens = [used.get(f"{kind}_tokens") or 0 for kind in ("prompt", "completion")]
+        seconds = time.monotonic() - begun
+        return Answer(text.strip(), "", cut, reply.retries_taken, *tokens, seconds)
 
 
 class Local:
-    """A checkpoint in an engine of its own, all dialogues in one batch; equal calls get equal answers.
+    """A checkpoint in an engine of its own, all dialogues in one batch. Equal calls, equal answers.
 
-    Each hop of a dialogue keeps a slot of its own while there are enough, so that what its prompts have
-    in common (instructions, persona, scene, the talk so far) is prefilled once.
+    Each hop of a dialogue keeps a slot of its own while there are enough, so that what its prompts
+    have in common (instructions, persona, scene, the talk so far) is prefilled once.
     """
 
     def __init__(self, engine, chat, tokens: int):
@@ -188,7 +188,7 @@ class Local:
         """A new rollout: nothing is left of an abandoned one."""
         self.engine.forget()
         self.waiting, self.calls, self.ready = collections.deque(), {}, []
-        self.slots: dict[int, tuple] = dict.fromkeys(range(len(self.engine.held)))  # slot -> whose, oldest first
+        self.slots = dict.fromkeys(range(len(self.engine.held)))  # slot -> whose, oldest first
 
     def submit(self, call: Call) -> None:
         self.waiting.append(call)
@@ -206,7 +206,7 @@ class Local:
                 return ready
 
     def admit(self) -> None:
-        """Give waiting calls free slots: the one of their dialogue and hop, else the one unused longest."""
+        """Give waiting calls a free slot: their dialogue and hop's, else the one unused longest."""
         while self.waiting and len(self.calls) < len(self.slots):
             call = self.waiting.popleft()
             prompt, whose = self.chat.opening(call.system, call.user), (call.key, call.hop)
@@ -223,12 +223,12 @@ class Local:
 
 
 class Record:
-    """Every answer of a client written to one file (`record`), or read from it (`replay`: no client).
+    """Every answer of a client written to a file (`record`), or read from it (`replay`, no client).
 
-    An answer is found by its call's address. The line also says at which of the rollout's engine steps,
-    and in which batch, it was let in: a replay lets it in there again, so that the policy's batches have
-    the same shapes and its samples are the same to the bit. The engine polls without a timeout exactly
-    once a step; those polls are the clock.
+    An answer is found by its call's address. The line also says at which of the rollout's engine
+    steps, and in which batch, it was let in: a replay lets it in there again, so that the policy's
+    batches have the same shapes and its samples are the same to the bit. The engine polls without a
+    timeout exactly once a step; those polls are the clock.
     """
 
     def __init__(self, path: Path, settings: dict, client=None):
@@ -239,7 +239,8 @@ class Record:
         if client and path.is_file():
             write_rows(path, own_rows(path))  # without half a line that a kill may have left
         if not client and not path.is_file():
-            raise InputError(f"{path}: no such record; make it with record=record, or give record_file=FILE")
+            make = "make it with record=record, or give record_file=FILE"
+            raise InputError(f"{path}: no such record; {make}")
         for where, row in [] if client else read_rows(path, torn=True):
             if "address" not in row:
                 raise InputError(f"{where}: not a line of a record")

@@ -1,8 +1,7 @@
-"""How people talk: the words of a text, and how far a sentence sounds like something a friend would say.
+"""How people talk: the words of a text, and how far a sentence sounds like what a friend would say.
 
-A trigram model over data/offline/LANGUAGE_talk.txt, replies that we wrote to troubles of many kinds. In it the words
-that belong to one story are blanks, so that it knows how supportive talk runs and not what it was about. The offline
-user asks it whether a reply is garbled. It knows nothing of meaning.
+The offline user asks a trigram model of data/offline/LANGUAGE_talk.txt, replies that we wrote, for
+garbled talk. The words of one story are blanks in it: it knows how talk runs, not what it means.
 """
 
 import functools
@@ -14,11 +13,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 DATA = Path(__file__).parent.parent / "data" / "offline"
-# Chinese is measured against each character's own frequency: bookish talk is not garbled, only its order tells.
+# In Chinese only the order tells, not how rare a character is: bookish talk is not garbled.
 AGAINST = {"en": 0.0, "zh": 1.0}  # how much of a word's unigram log-probability is taken off
 EXPECTED = {"en": -5.0, "zh": 9.0}  # a word more probable than this is no better for it
-OTHER, FOREIGN = {"en": -4.0, "zh": 0.0}, {"en": -8.0, "zh": 0.0}  # cost of an everyday word, of any, not of the story
-# Mean naturalness of the words of what is well said and of word salad: a sentence of it, all of it.
+OTHER = {"en": -4.0, "zh": 0.0}  # what an everyday word costs that is not of the person's story
+FOREIGN = {"en": -8.0, "zh": 0.0}  # what any other word costs that is not of the story
+# Mean naturalness (of what is well said, of word salad): in one sentence, in a whole reply.
 NATURAL = {"en": ((-7.4, -8.6), (-6.75, -7.6)), "zh": ((-0.06, -0.78), (0.14, -0.2))}
 RUN_ON = {"en": 36, "zh": 26}  # longest run of words without a comma
 
@@ -34,7 +34,7 @@ def stem(word: str) -> str:
 
 
 def tokens(text: str, commas: bool = False) -> list[str]:
-    """Lower-cased words; a Chinese character is a word of its own. With `commas`, so is each mark inside a sentence."""
+    """Lower-cased words; each Chinese character is one, and with `commas` each inner mark."""
     text = re.sub("[，、；：;:]", ",", text.lower().replace("’", "'"))
     words = r"[\u4e00-\u9fff]|[^\W\d_\u4e00-\u9fff]+(?:'[a-z]+)?|\d+"
     return re.findall(words + "|," if commas else words, text)
@@ -42,11 +42,12 @@ def tokens(text: str, commas: bool = False) -> list[str]:
 
 def sentences(text: str) -> list[str]:
     """Sentences with their closing mark; line breaks end one too."""
-    return [part.strip() for part in re.findall(r"[^.!?。！？；\n…]*\w[^.!?。！？；\n…]*[.!?。！？；…\"”」]*", text)]
+    return [part.strip() for part in re.findall(
+        r"[^.!?。！？；\n…]*\w[^.!?。！？；\n…]*[.!?。！？；…\"”」]*", text)]  # fmt: skip
 
 
 def blank(word: str) -> str:
-    """What stands for a word of somebody's story: its ending, which says much of its part of speech."""
+    """What stands for a word of a story: its ending, which says much of its part of speech."""
     return "_" + (re.search(r"ing$|ed$|ly$|s$|$", word)[0] if len(word) > 3 else "")
 
 
@@ -70,21 +71,19 @@ def speech(language: str) -> SimpleNamespace:
 
 
 def naturalness(sentence: str, story: set[str], language: str, cut: bool) -> list[float]:
-    """Log-probability of each word of a sentence (see AGAINST), and of its end unless it is cut off.
-
-    Trigrams interpolated by Witten and Bell (1991). A word of the story (`story`: words or stems) stands for any other
-    story's; a word that neither people's talk nor the story holds costs extra.
-    """
+    """Log-probability of each word, and of the end unless `cut` (see AGAINST, OTHER, FOREIGN)."""
     model, result = speech(language), []
     words, extra = ["<", "<"], []
     for word in tokens(sentence, commas=True):
+        # `story` holds words and stems; a word of it stands for one of any other story.
         known, mine = word in model.known, word in story or stem(word) in story
         words.append(word if known else blank(word))
-        extra.append(0.0 if known or mine else (OTHER if stem(word) in model.common else FOREIGN)[language])
+        extra.append(
+            0.0 if known or mine else (OTHER if stem(word) in model.common else FOREIGN)[language])
     if not cut:
         words, extra = [*words, ">"], [*extra, 0.0]
     for i, cost in enumerate(extra, 2):
-        p, alone = 1e-6, 0.0
+        p, alone = 1e-6, 0.0  # trigrams, interpolated as by Witten and Bell (1991)
         for n in range(3):
             if seen := model.followers.get(tuple(words[i - n : i])):
                 p = (seen[words[i]] + len(seen) * p) / (seen.total() + len(seen))
@@ -95,7 +94,8 @@ def naturalness(sentence: str, story: set[str], language: str, cut: bool) -> lis
 
 def run_on(sentence: str, language: str) -> float:
     """0 for a sentence that pauses in time, up to 1 for one that does not."""
-    return clip(max(len(tokens(part)) for part in re.split("[,，、:：;；]", sentence)) / RUN_ON[language] - 1)
+    return clip(
+        max(len(tokens(part)) for part in re.split("[,，、:：;；]", sentence)) / RUN_ON[language] - 1)
 
 
 def salad(logps: list[float], part: int, language: str) -> float:

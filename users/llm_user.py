@@ -1,9 +1,9 @@
-"""The sentient user that is a language model: it appraises a reply, then answers it (RLVER, section 2).
+"""A user that is a language model: it appraises a reply, then answers it (RLVER, section 2).
 
-Here live its two hops, how its prompts are read (prompts/LANGUAGE/MODE/*.txt, or a folder of one's own),
-and how its answers are understood: tolerant of form, strict about the one number that becomes the reward.
-The policy's words stand in the prompt and may come back in any answer. So whatever is read goes through
-one door, `read_answer`, which a quoted reply cannot open.
+Its prompts are files (prompts/LANGUAGE/MODE/*.txt, or a folder of one's own). Its answers are read
+tolerantly as to form, strictly as to the one number that becomes the reward: the policy's words
+stand in the prompt and may come back in any answer, so whatever is read goes through one door,
+`read_answer`, which a quoted reply cannot open.
 """
 
 import json
@@ -24,7 +24,7 @@ from users.clients import Answer, Call
 APPRAISAL = ("content", "target_completion", "activity", "analyse", "change")
 SPEECH = ("thinking", "response")
 HOPS = {"opening": SPEECH, "appraisal": APPRAISAL, "reply": SPEECH, "both": APPRAISAL + SPEECH}
-FIXED = {"persona", "persona_type", "traits", "scene", "intention"}  # slots above the line of a prompt
+FIXED = {"persona", "persona_type", "traits", "scene", "intention"}  # slots above a prompt's line
 NOW = {"history", "emotion", "band", "reply", "change", "appraisal"}  # slots below it
 NEEDED = {  # slots that a prompt cannot do without
     "opening": ("scene",), "appraisal": ("scene", "intention", "history", "reply"),
@@ -32,13 +32,14 @@ NEEDED = {  # slots that a prompt cannot do without
 }  # fmt: skip
 LINE = "====="
 NAMES = {  # a field's name as models write it
-    **{name: name.replace("_", "[_ ]") for name in APPRAISAL + SPEECH},
-    "change": "(?:emotion )?change|(?:情绪)?变化", "response": "response|reply|回复",
+    "content": "content|内容", "target_completion": "target[_ ]completion|目标完成度?",
+    "activity": "activity|心理活动", "analyse": "analy[sz]e|analysis|分析", "thinking": "thinking|想法",
+    "change": "(?:emotion[_ ])?change|(?:情绪)?变化", "response": "response|reply|回复",
 }  # fmt: skip
 
 
 class Prompt(NamedTuple):
-    """One hop's prompt: system and user message with slots, and the fields its answer is asked for."""
+    """One hop's prompt: system and user message with slots, and the fields that it asks for."""
 
     system: str
     user: str
@@ -57,19 +58,19 @@ def load_prompts(folder: Path) -> dict[str, Prompt]:
     for name, fields in HOPS.items():
         path = folder / f"{name}.txt"
         if not path.is_file():
-            raise InputError(f"{path}: no such prompt; a folder of prompts holds {', '.join(HOPS)}.txt")
+            raise InputError(f"{path}: no such prompt; such a folder holds {', '.join(HOPS)}.txt")
         try:
             parts = path.read_text(encoding="utf-8").split(f"\n{LINE}\n")
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: not UTF-8 ({error.reason})") from None
         if len(parts) != 2:
-            raise InputError(f"{path}: one line {LINE} parts the system message from the user message")
+            raise InputError(f"{path}: one line {LINE} parts system message and user message")
         for part, slots, where in zip(parts, (FIXED, NOW), ("above", "below")):
             try:
                 part.format_map(dict.fromkeys(slots, ""))
             except KeyError as slot:
-                known = ", ".join(sorted(slots))
-                raise InputError(f"{path}: no slot {slot} {where} {LINE}; there are {known}") from None
+                known = f"{where} {LINE}; there are {', '.join(sorted(slots))}"
+                raise InputError(f"{path}: no slot {slot} {known}") from None
             except (ValueError, IndexError) as error:
                 raise InputError(f"{path}: {error}; a literal brace is written twice") from None
         for slot in NEEDED[name]:
@@ -85,25 +86,25 @@ def load_prompts(folder: Path) -> dict[str, Prompt]:
 def read_answer(text: str, fields: tuple[str, ...]) -> dict[str, str]:
     """The asked-for fields of a model's answer, from one JSON object or from labelled lines.
 
-    The only door to reward and words. Every field must be there, once, with something in it, and what
-    stands outside the object may name none of them. Slightly broken JSON is repaired where the whole
-    text names each field once and in order, since a reply that is quoted without escapes might bring
-    names of its own. Nothing is looked for inside an object. Raises ValueError for anything else.
+    The only door to reward and words. Every field must be there, once, with something in it, and
+    nothing but a code fence around the object; nothing is looked for inside it. Slightly broken
+    JSON is repaired where the whole text names each field once and in order, since a reply that
+    is quoted without escapes might bring names of its own. Raises ValueError for anything else.
     """
-    if not text.startswith(("{", "`")):  # else a tag in it is quoted from the talk
-        text = re.sub(r"^.*?</think>|^<think>.*", "", text, flags=re.S).strip()
-    begin, outside = text.find("{"), ""
-    try:
-        if begin < 0:
-            row = read_labels(text, fields)
-        else:
-            decoder = json.JSONDecoder(strict=False, object_pairs_hook=unique)
-            row, end = decoder.raw_decode(text, begin)
-            outside = text[:begin] + "\n" + text[end:]
-    except (json.JSONDecodeError, RecursionError):
-        row, outside = repair(text[begin:], fields), text[:begin]
-    if named(outside, fields):
-        raise ValueError("a field outside the JSON object")
+    text = re.sub(r"^\s*<think>.*?(?:</think>|$)", "", text, flags=re.S)
+    thought, tag, rest = text.partition("</think>")  # whose opening tag was in the prompt
+    text = rest if tag and "{" not in thought and not named(thought, fields) else text
+    text = re.sub(r"^\s*```\w*\s|\s*```\s*$", "", text).strip()
+    if not text.startswith("{"):
+        row = read_labels(text, fields)
+    else:
+        decoder = json.JSONDecoder(strict=False, object_pairs_hook=unique)
+        try:
+            row, end = decoder.raw_decode(text)
+        except (json.JSONDecodeError, RecursionError):
+            row, end = repair(text, fields), len(text)
+        if end < len(text):
+            raise ValueError("something behind the JSON object")
     found = {name: row.get(name) for name in fields}
     for name, value in found.items():
         if not isinstance(value, str | int | float) or not str(value).strip():
@@ -112,39 +113,46 @@ def read_answer(text: str, fields: tuple[str, ...]) -> dict[str, str]:
 
 
 def unique(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object with keys in the usual form, none of them twice."""
-    row = {re.sub(r"\s+", "_", key.strip().lower()): value for key, value in pairs}
-    if len(row) < len(pairs):
-        raise ValueError("a key twice")
+    """An object by the names of its fields: none twice, and no other that says anything."""
+    row = {}
+    for key, value in pairs:
+        key = key.strip("\"'“”‘’:：* \t")
+        name = next((name for name in NAMES if re.fullmatch(NAMES[name], key, re.I)), None)
+        if name in row or (name is None and value != ""):
+            raise ValueError("a key twice, or an unknown one")
+        row |= {name: value} if name else {}
     return row
 
 
 def named(text: str, fields: tuple[str, ...]) -> list[str]:
-    """The fields that a text names as keys (in quotes, or with a colon behind), each time, in order."""
+    """The fields that a text names (in any quotes, or before a colon), each time, in order."""
     key = "|".join(f"(?P<{name}>{NAMES[name]})" for name in fields)
-    pattern = rf"""(?<!\w)(["“]\s*)?(?:{key})(?(1)\s*["”]|["”]?\s*[:：])"""
+    pattern = rf"""(?<!\w)(["'“‘`]\s*)?(?:{key})(?(1)\s*["'”’`]|["'”’`*]*\s*[:：=])"""
     return [match.lastgroup for match in re.finditer(pattern, text, re.I)]
 
 
 def repair(text: str, fields: tuple[str, ...]) -> dict:
-    """A slightly broken JSON object, where nothing in it can be taken for another answer's field."""
-    if named(text, fields) != list(fields):
+    """A slightly broken JSON object, where no field in it can be another answer's."""
+    if named(text, fields) != list(fields) or "\\u" in text:
         raise ValueError("not JSON, and its fields are not named once each in order")
     if re.search(r"\d\s*$", text):  # -1 may have been going to be -10
         raise ValueError("not JSON, and it ends within a number")
     keys = "|".join(NAMES[name] for name in fields)
-    text = re.sub(r"\s*```\s*$", "", text)
     # a string that was closed by a typographic quotation mark or comma
-    text = re.sub(rf"""[”"]\s*[,，]\s*(?=["“]?(?:{keys})["”]?\s*[:：])""", '", ', text)
-    row = repair_json(text, return_objects=True)
+    closed = re.sub(rf"""[”"]\s*[,，]\s*(?=["“]?(?:{keys})["”]?\s*[:：])""", '", ', text)
+    row = repair_json(closed, return_objects=True)
     if not isinstance(row, dict):
         raise ValueError("not JSON")
     odd = {k: v for k, v in row.items() if isinstance(v, str) and "“" not in v}
-    return unique([*(row | {k: re.sub(r"[\s}”]+$", "", v) for k, v in odd.items()}).items()])
+    row = unique([*(row | {k: re.sub(r"[\s}”]+$", "", v) for k, v in odd.items()}).items()])
+    if "change" in fields:  # as it was written: a repair may lose a sign
+        written = re.search(rf"""(?:{NAMES["change"]})["'”’`]?\s*[:：=]([^,，}}\n]*)""", text, re.I)
+        row["change"] = written[1] if written else ""
+    return row
 
 
 def read_labels(text: str, fields: tuple[str, ...]) -> dict[str, str]:
-    """The fields of an answer that is nothing but labelled lines, in order, each with closed quotes."""
+    """The fields of an answer of nothing but labelled lines, in order, each with closed quotes."""
     lines = [line for line in text.splitlines() if line.strip()]
     found: dict[str, str] = {}
     for name, line in zip(fields, lines):
@@ -158,54 +166,53 @@ def read_labels(text: str, fields: tuple[str, ...]) -> dict[str, str]:
 
 
 def read_change(text: str) -> float:
-    """The number in a change field: `+5`, `＋５`, `-5 (he was cold)`, `**+3**`, `5 points`.
+    """The number that a change field begins with: `＋５`, `-5 (he was cold)`, `**+3**`, `5 points`.
 
-    Raises ValueError for no number, two different ones, one beyond -100..100, or one without a sign
-    beside words that may hold it: `declines by 5`, `5 (down from 30)`.
+    Raises ValueError where it begins with none, has two, one beyond -100..100, one without a sign
+    beside words that may hold it (`5 (down from 30)`), or a rise in words of falling.
     """
     text = re.sub("[‐‒–—―−➖]", "-", unicodedata.normalize("NFKC", text))
     text = re.sub(r"""[*_`~$"'\\]""", "", text)  # Markdown may stand between sign and number
-    text = re.sub(r"([+-])\s+(?=\d)", r"\1", text)
-    outside = re.sub(r"\([^)]*\)|\[[^\]]*\]", " ", text)
-    number = r"(?<![\w.])[+-]?\d+(?:\.\d+)?(?![\w.]*\d)"
-    found = re.findall(number, outside) or re.findall(number, text)
-    values = {float(written) for written in found}
-    if len(values) != 1:
-        raise ValueError("two different numbers in the change" if values else "no number in the change")
-    (value,) = values
-    if abs(value) > 100:
-        raise ValueError(f"a change of {value:g}")
-    units = r"points?|pts?|[\s()\[\]【】.,。]|[分点點]"
-    words = re.sub(number, "", re.sub(units, "", text, flags=re.I))
-    if value and words and not found[0].startswith(("+", "-")):
-        raise ValueError("a number without a sign, beside words")
+    outside = re.sub(r"\([^)]*\)|\[[^\]]*\]|【[^】]*】", " ", text)
+    outside = outside if outside.strip() else re.sub(r"[()\[\]【】]", " ", text)
+    number = r"\d+(?:\.\d+)?(?![\w.]*\d)"
+    first = re.match(rf"\s*([+-]?)\s*({number})(?![a-z]*\d)", outside, re.I)
+    if not first or {*re.findall(number, outside)} != {first[2]} or float(first[2]) > 100:
+        raise ValueError("not one number up to 100 at the beginning of the change")
+    value = float(first[1] + first[2])
+    words = re.sub(r"\d|points?|pts?|[\s()\[\]【】.,。+-]|[分点點]", "", text, flags=re.I)
+    falls = re.search(r"lower|drop|fall|decreas|[降减減跌]", text, re.I)
+    if value > 0 and (falls or (words and not first[1])):
+        raise ValueError("a number whose sign may be in words")
     return value
 
 
 BYE = {
-    "en": r"(?:good ?bye|bye(?:[ -]bye)?|farewell|see you (?:later|soon|around)|talk to you later)\b",
-    "zh": "(?:再见|拜拜|告辞|回头聊|下次再聊|下次聊)",
+    "en": r"(?:good[ -]?bye|bye(?:[ -]bye)?|farewell|see you (?:later|soon)|talk to you later)\b",
+    "zh": "(?:再[见見]|拜拜|掰掰|告[辞辭]|回头聊|下次再聊|下次聊)",
 }
-# All that may stand beside it in a clause: "he said goodbye", "kiss that job goodbye" take no leave.
-BESIDE = {
-    "en": r"(?:ok(?:ay)?|well|so|then|now|for|and|thanks?|you|all|my|friend|dear|anyway|al+ ?right|must"
-          r"|i(?:'ll|'d)?|have|to|got|should|better|go|going|will|say|let|me|just|it's|time|i guess)\b",
-    "zh": "[我你您咱们先就那了吧啊呀哦嗯哈好的要得走谢该此这样也还有事]",
+BESIDE = {  # what may stand beside it in a clause: "kiss that job goodbye" takes no leave
+    "en": r"(?:ok(?:ay)?|well|so|then|now|for|and|thanks?|you|all|my|friend|dear|anyway|al+ ?right"
+          r"|i(?:'ll|'d)?|must|should|better|go|going|will|let|me|just|it's|this|is)\b",
+    "zh": "[我你您咱们先就那了吧啊呀啦咯喽囉哦嗯哈好的要得走谢该此这样也还有事朋友]",
 }  # fmt: skip
+TOLD = re.compile(r"\b(?:he|she|they|said|says|told|if|every time)\b|[他她说說]|要是|如果|[?？]")
 
 
 def takes_leave(text: str, language: str) -> bool:
-    """Whether the speaker says goodbye to the partner: in the last sentence, in a clause of that alone."""
+    """Whether the speaker says goodbye: in the last sentence, in a clause of nothing else."""
     text = re.sub(r"[\"“「][^\"”」]*[\"”」]", "quoted", text.lower().replace("’", "'"))
-    sentences = [part for part in re.split(r"[.!?…。！？~\n]+", text) if part.strip()] or [""]
-    bye, beside = BYE[language], rf"(?:\s*{BESIDE[language]}\s*)*"
-    whole = f"{beside}{bye}{beside}" + (rf"|{bye}\s+and\b.*" if language == "en" else "")
-    clauses = re.split(r"[,;:，；：、—–]|\s-\s", sentences[-1])
-    return any(re.fullmatch(whole, clause.strip()) for clause in clauses)
+    text = re.sub(r"[^\w\s'.!?…。！？~～,;，；、:：—–-]", "", text)  # emoji, Markdown
+    found = [part for part in re.findall(r"[^.!…。！~～\n]+", text) if re.search(r"\w", part)]
+    last, beside = found[-1] if found else "", rf"(?:\s*{BESIDE[language]}\s*)*"
+    whole = rf"{beside}(?:{BYE[language]}{beside})+"
+    whole += rf"|{BYE['en']}\s+and\b.*" if language == "en" else ""
+    clauses = re.split(r"[,;，；、—–]|\s-\s", last)
+    return not TOLD.search(last) and any(re.fullmatch(whole, part.strip()) for part in clauses)
 
 
 def out_of_role(text: str, profile: Profile) -> str:
-    """What is wrong with a person's words: they name what only we know, or are of another language."""
+    """What is wrong with a person's words: they name a secret, or are of another language."""
     secret = r"hidden[ _]intention|\bband [sabcf]\b|隐藏意图|[SABCF] ?档"
     if re.search(secret, text, re.I) or profile.intention_label in text:
         return "names the hidden intention or a band"
@@ -216,8 +223,9 @@ def out_of_role(text: str, profile: Profile) -> str:
 
 
 def one_line(text: str) -> str:
-    """Untrusted text for a prompt: it cannot begin a line of another speaker, nor close the marks around
-    it, nor, quoted as it is in an answer, end a JSON string or begin an object."""
+    """Untrusted text for a prompt: it cannot begin another speaker's line, close the marks around
+    it, or, quoted as it is in an answer, end a JSON string or begin an object.
+    """
     text = " ".join(text.split()).replace("</", "< /")
     return text.translate(str.maketrans('"{}', "'()"))
 
@@ -251,9 +259,9 @@ class Session:
 class LLMUser:
     """A user that is a language model: it appraises a reply (hop one) and answers it (hop two).
 
-    `client` answers calls; `prompts` is a folder in place of prompts/LANGUAGE/MODE; `one_call` asks both
-    hops at once, at half the latency. An answer that cannot be read, or that no such person would give,
-    is asked for again up to `retries` times under another seed; then the dialogue has failed.
+    `client` answers calls; `prompts` is a folder in place of prompts/LANGUAGE/MODE; `one_call` asks
+    both hops at once, at half the latency. An answer that cannot be read, or that no such person
+    would give, is asked for again up to `retries` times under another seed; then it is a failure.
     """
 
     SPEAKERS = {"en": ("Partner", "I"), "zh": ("对方", "我")}
@@ -261,7 +269,8 @@ class LLMUser:
     def __init__(self, client, rules: EmotionRules, mode: str = "vanilla", prompts: str = "",
                  one_call: bool = False, retries: int = 5):
         self.client, self.rules, self.one_call, self.retries = client, rules, one_call, retries
-        self.prompts = {lang: load_prompts(at) for lang, at in prompt_folders(mode, prompts).items()}
+        folders = prompt_folders(mode, prompts)
+        self.prompts = {language: load_prompts(folder) for language, folder in folders.items()}
         self.sessions: dict[Key, Session] = {}
         self.started: set[Key] = set()  # in this rollout
         self.ready: list[tuple[Key, UserTurn | Failed]] = []
@@ -299,7 +308,8 @@ class LLMUser:
 
     def ask(self, s: Session, hop: str) -> None:
         """Put one hop to the model."""
-        p, prompt, names = s.profile, self.prompts[s.profile.language][hop], self.SPEAKERS[s.profile.language]
+        p = s.profile
+        prompt, names = self.prompts[p.language][hop], self.SPEAKERS[p.language]
         fixed = dict(persona=p.persona, persona_type=p.type_label, traits=", ".join(p.traits),
                      scene=p.scene, intention=p.intention_label)
         history = "\n".join(f"{names[who == 'user']}: {one_line(text)}" for who, text in s.said)
@@ -313,8 +323,8 @@ class LLMUser:
 
     def hear(self, s: Session, call: Call, answer: Answer) -> None:
         """An answer of the model to one hop: go on to the next, or ask again."""
-        used = dict(tokens_in=answer.tokens_in, tokens_out=answer.tokens_out, retries=answer.retries)
-        self.counts.update(llm_calls=1 + answer.retries, **used)
+        used = {name: getattr(answer, name) for name in ("tokens_in", "tokens_out", "retries")}
+        self.counts.update(used, llm_calls=1 + answer.retries)
         if answer.failed:
             return self.finish(s, Failed(answer.failed))
         self.seconds.append(answer.seconds)
@@ -343,8 +353,8 @@ class LLMUser:
         s.reply, s.appraisal, s.change, s.attempt = "", None, None, 0
         self.finish(s, turn)
 
-    def understand(self, s: Session, call: Call, answer: Answer) -> tuple[dict[str, str], float | None]:
-        """An answer's fields, and the change if it was asked for. Raises ValueError if it is of no use."""
+    def understand(self, s: Session, call: Call, answer: Answer) -> tuple[dict, float | None]:
+        """An answer's fields, and the change if asked for. Raises ValueError if it is of no use."""
         if answer.cut:
             raise ValueError("cut at its cap on tokens")
         language = s.profile.language
@@ -354,7 +364,8 @@ class LLMUser:
             if wrong := out_of_role(found["response"], s.profile):
                 raise ValueError(wrong)
             ended = self.rules.ending(self.rules.step(s.emotion, change or 0.0))
-            if takes_leave(found["response"], language) and not ended and not s.attempt and self.retries:
+            first = s.attempt == 0 and self.retries > 0
+            if first and not ended and takes_leave(found["response"], language):
                 raise ValueError("a goodbye that the emotion forbids")  # said twice, it is one
         return found, change
 
