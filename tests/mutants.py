@@ -42,9 +42,11 @@ def main(argv: list[str]) -> int:
             mutant = mutants[number - 1]
             path, test = folder / mutant["file"], mutant["test"]
             source = path.read_text(encoding="utf-8")
+            if test not in sound:
+                sound[test] = passes(folder, test)
             if source.count(mutant["old"]) != 1:
                 verdict = f"STALE: the old fragment occurs {source.count(mutant['old'])} times"
-            elif not sound.setdefault(test, passes(folder, test)):
+            elif not sound[test]:
                 verdict = "BROKEN: the test is red without it"
             else:
                 path.write_text(source.replace(mutant["old"], mutant["new"]), encoding="utf-8")
