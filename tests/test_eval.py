@@ -408,7 +408,7 @@ def test_a_benchmark_that_goes_on_keeps_the_opening_that_its_user_made(bench, mo
     ("profiles", lambda: edit("two.jsonl", "a", "e"), ""), ("system", lambda: edit("system.txt", "kind", "cold"), ""),
     ("model", lambda: edit("shape.json", "10000.0", "20000.0"), ""), ("user", None, "eval_user_mode=challenging"),
     ("user", lambda: edit("prompts/reply.txt", "Speak", "Talk"), ""), ("user", None, "user_url=http://127.0.0.1:2/v1"),
-], ids=str)  # fmt: skip
+], ids=["context", "reply", "people", "words", "weights", "mode", "prompts", "address"])  # fmt: skip
 def test_an_interrupted_benchmark_is_not_blended_with_another(bench, monkeypatch, what, change, option):
     """Whatever a result depends on, behind an unchanged path too."""
     command = [*bench, "slots=1", "eval_max_turns=2", "out=first"]
