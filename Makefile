@@ -11,7 +11,7 @@ demo: $(SMOLLM2)/config.json
 	$(PY) scripts/demo.py $(DEMO)
 
 test: $(VENV)/.dev $(SMOLLM2)/config.json lint
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

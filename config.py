@@ -280,10 +280,14 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def read_saved(path: Path) -> Config:
-    """A config that `save_config` wrote."""
+    """A config that `save_config` wrote. Raises InputError if damaged, or of another version."""
+    saved = read_json(path)
+    if unknown := saved.keys() - {f.name for f in dataclasses.fields(Config)}:
+        what = f"option {min(unknown)!r}, which this version does not have"
+        raise InputError(f"{path}: holds {what}; go on with the version that env.txt names")
     try:
-        return check(Config(**json.loads(path.read_text())))
-    except (OSError, ValueError, TypeError) as error:
+        return check(Config(**saved))
+    except (ValueError, TypeError) as error:
         raise InputError(f"{path}: not a saved config ({error})") from None
 
 

@@ -243,6 +243,13 @@ def test_a_saved_config_comes_back_the_same(tmp_path_factory, lr, seed, think, s
     assert set(json.loads(path.read_text())) == {f.name for f in dataclasses.fields(Config)}
 
 
+def test_a_saved_config_of_another_version_is_named(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"kl": "reward", "lr": 0.1}')
+    with says("config.json", "'kl'", "this version", "env.txt"):
+        read_saved(path)
+
+
 @pytest.mark.parametrize("text", ["", "{", '{"nonsense": 1}', '{"steps": "many"}', "[1]"])
 def test_a_damaged_saved_config_is_named(tmp_path, text):
     path = tmp_path / "config.json"
