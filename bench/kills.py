@@ -7,7 +7,6 @@ once killed KILLS times, every process of it at once, each time resumed by `resu
 the final weights, Adam's states and every log agree to the bit. Exits 1 if anything differs.
 """
 
-import json
 import os
 import random
 import signal
@@ -19,6 +18,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from config import own_rows  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 STEPS = 100
@@ -93,7 +95,7 @@ def tensors(run: Path) -> dict[tuple[str, str], torch.Tensor]:
 
 
 def log_without_times(run: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = own_rows(run / "metrics.jsonl")
     timed = ("time/rollout", "time/update", "time/step", "rollout/tokens_per_s", "rollout/wait")
     return [{key: value for key, value in row.items() if key not in timed} for row in rows]
 

@@ -6,8 +6,6 @@ Every scored reply of the logs is appraised on its own, with the dialogue up to 
 rank correlation over all replies and by hidden intention, and how often the signs agree. Nothing is fitted here.
 """
 
-import gzip
-import json
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -15,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from config import read_rows
 from simulator import parse_profile
 from users.offline import appraise, user_hash
 
@@ -32,10 +31,9 @@ def spearman(pairs: list[tuple[float, float]]) -> float:
 
 def replies(path: str):
     """(profile, user texts so far, earlier replies, reply, logged change) of every scored reply of a log."""
-    for number, line in enumerate(gzip.open(path, "rt", encoding="utf-8"), 1):
-        row = json.loads(line)
+    for where, row in read_rows(Path(path)):
         keys = {"id": row["id"], "player": row["player"], "scene": row["scene"], "task": row["task"]}
-        profile = parse_profile(keys | {"main_cha": row["character"], "language": "zh"}, f"{path}:{number}")
+        profile = parse_profile(keys | {"main_cha": row["character"], "language": "zh"}, where)
         said, heard = [], []
         for turn, after in zip(row["history"], row["history"][1:] + [{}]):
             if turn["role"] == "user":

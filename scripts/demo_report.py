@@ -8,7 +8,6 @@ gain, the first dialogue of each, before and after. Model text is shown as a quo
 
 import argparse
 import html
-import json
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from config import own_rows, read_json  # noqa: E402
 from score import by_profile, paired_bootstrap, read_log, summary  # noqa: E402
 
 
@@ -26,8 +26,8 @@ def curves(runs: list[Path], png: Path) -> None:
     """Final emotion and entropy of the training dialogues by step, one line a run."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for run in runs:
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        style = "-" if json.loads((run / "config.json").read_text())["algorithm"] == "ppo" else "--"
+        rows = own_rows(run / "metrics.jsonl")
+        style = "-" if read_json(run / "config.json")["algorithm"] == "ppo" else "--"
         for axis, key in zip(axes, ("emotion/final", "policy/entropy")):
             axis.plot([row["step"] for row in rows], [row[key] for row in rows], style, label=run.name)
     for axis, label in zip(axes, ("mean final emotion of the training dialogues", "entropy, nats per token")):
@@ -46,7 +46,7 @@ def figures(runs: list[Path]) -> list[str]:
         logs = [read_log(str(run / "eval" / when / "dialogues.jsonl")) for when in ("before", "after")]
         before, after = (summary(rows) for rows in logs)
         points = [by_profile(rows) for rows in logs]
-        pooled.setdefault(json.loads((run / "config.json").read_text())["algorithm"], []).append(tuple(points))
+        pooled.setdefault(read_json(run / "config.json")["algorithm"], []).append(tuple(points))
         shown = [f"{s['score']:.1f} / {s['success']} / {s['failure']} of {s['n']}" for s in (before, after)]
         lines.append(f"| {run.name} | {shown[0]} | {shown[1]} | {interval(*points)} |")
     for algorithm, pairs in pooled.items():
