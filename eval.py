@@ -22,26 +22,21 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from chat import load_tokenizer, make_chat
-from checkpoint import check_files, checkpoints, load_checkpoint, load_model, save_adapter, save_model
-from config import (
-    Config,
-    InputError,
-    add_rows,
-    help_text,
-    load_config,
-    own_rows,
-    read_json,
-    read_saved,
-    save_config,
-    without_nan,
-    write_rows,
+from checkpoint import (  # isort: skip
+    check_files, checkpoints, load_checkpoint, load_model, save_adapter, save_model,
 )
+from config import (  # isort: skip
+    Config, InputError, add_rows, help_text, load_config, own_rows, read_json, read_saved,
+    save_config, without_nan, write_rows,
+)
+from score import (  # isort: skip
+    by_profile, interval, mismatches, paired_bootstrap, read_log, score_line, score_text, summary,
+)
+from chat import load_tokenizer, make_chat
 from dist import World, half_on_gpu, pick_device
 from model import Transformer, find_folder
 from rollout import MAX_FAILED, Dialogue, Job, Stage, log_line, make_engine, make_talk
 from rundir import check_writable
-from score import by_profile, interval, mismatches, paired_bootstrap, read_log, score_line, score_text, summary
 from simulator import load_profiles
 from update import make_model
 from users import make_user, user_name
@@ -86,8 +81,9 @@ def evaluate(
             user = make_user(config, config.eval_start_emotion, config.eval_user_mode)
             engine.forget()
             Stage(engine, chat, user, talk).hold(jobs, (seed, EVAL_STREAM), bar.update, keep, check)
-        if isinstance(user, LLMUser):
-            spent = user.drain()
+            if isinstance(user, LLMUser):
+                for whole, part in zip(spent, user.drain()):
+                    whole += part  # a Counter and a list
     return rows, spent
 
 
@@ -119,7 +115,8 @@ def command_run(argv: list[str]) -> int:
     run = Path(source) if (Path(source) / "env.txt").is_file() else None  # a model folder has none
     if run and all("=" in arg for arg in options):
         saved = asdict(read_saved(run / "config.json"))
-        options = [f"{k}={v}" for k, v in saved.items() if v != getattr(Config(), k)] + options
+        own = {k: v for k, v in saved.items() if v != getattr(Config(), k) and "record" not in k}
+        options = [f"{key}={value}" for key, value in own.items()] + options
     config = load_config(options)
     # For a LoRA run, the checkpoint: merging the adapter into bf16 weights would round it away.
     wanted = run and (config.lora_rank or not (run / "model").is_dir())
@@ -130,11 +127,14 @@ def command_run(argv: list[str]) -> int:
     within, device = f"eval/{newest[0].name if newest else 'final'}", pick_device(config)
     folder = Path(out or (run / within if run else f"runs/eval-{Path(name).name}"))
     world = World(device=device, dtype=half_on_gpu(config.precision, device))
-    files = newest[0] if newest else find_folder(name) if not name.endswith(".json") else Path(name)
-    settings = describe(config, f"{name} ({fingerprint(files)})", world)
+    load_profiles(config.eval_profiles)  # whatever is wrong is said before weights are loaded
+    files = newest or [Path(name) if name.endswith(".json") else find_folder(name)]
+    files += [find_folder(config.model)] if newest and config.lora_rank else []
+    settings = describe(config, f"{name} ({fingerprint(*files)})", world)
     log = begin_evaluation(folder, settings)
     tokenizer = load_tokenizer(config.tokenizer or (config.model if newest else name))
-    make_user(config, config.eval_start_emotion, config.eval_user_mode)  # before weights are loaded
+    make_chat(tokenizer, config.think)
+    make_user(config, config.eval_start_emotion, config.eval_user_mode)
     if newest:
         model = restore_policy(config, newest[0], world)
     else:
@@ -203,16 +203,19 @@ def begin_evaluation(folder: Path, settings: dict) -> Path:
 
 
 def fingerprint(*paths: Path) -> str:
-    """8 hex digits of the contents of files and folders; of a large file only its two ends."""
+    """8 hex digits of files, or a folder's JSON, text and weights; of large ones both ends."""
     digest = hashlib.sha256()
     for path in paths:
         inside = sorted(file for file in path.glob("*") if file.suffix in ENDINGS)
         for file in inside if path.is_dir() else [path]:
-            with open(file, "rb") as data:
-                size = data.seek(0, 2)
-                for begin in {0, max(0, size - MEGABYTE)}:
-                    data.seek(begin)
-                    digest.update(data.read(MEGABYTE))
+            try:
+                with open(file, "rb") as data:
+                    size = data.seek(0, 2)
+                    for begin in (0, max(0, size - MEGABYTE)):
+                        data.seek(begin)
+                        digest.update(data.read(MEGABYTE))
+            except OSError as error:
+                raise InputError(f"{file}: cannot be read ({error.strerror})") from None
             digest.update(f"{file.name} {size}".encode())
     return digest.hexdigest()[:8]
 
@@ -224,10 +227,12 @@ def describe(config: Config, model: str, world: World) -> dict:
     user = user_name(config, config.eval_user_mode)
     if config.user != "offline":
         folders = prompt_folders(config.eval_user_mode, config.prompts).values()
-        where = config.user_url or config.user_dtype
-        user += f", prompts {fingerprint(*folders)}, at most {config.user_tokens} tokens, {where}"
+        local = config.user == "local" and config.record != "replay"
+        where = fingerprint(find_folder(config.user_model)) if local else config.user_url
+        user += f", prompts {fingerprint(*folders)}, {config.user_tokens} tokens at most, {where}"
     return {
         "model": model, "precision": str(world.dtype).removeprefix("torch."), "user": user,
+        "tokenizer": config.tokenizer or "the model's own",
         "profiles": f"{people} ({fingerprint(people)})",
         "dialogues_per_profile": config.eval_dialogues, "max_turns": config.eval_max_turns,
         "reply_tokens": config.reply_tokens, "context_tokens": config.context_tokens,

@@ -32,9 +32,9 @@ LOCK = ".lock"
 def open_run(config: Config) -> Path:
     """The run's folder, checked for writing. Raises InputError if it belongs to another config."""
     run, do = Path(config.run), "give another run=DIR"
+    check_writable(run)
     if run.exists() and not run.is_dir():
         raise InputError(f"{run}: is not a folder; {do}")
-    check_writable(run)
     if (run / "config.json").is_file():
         if config.resume == "none":
             raise InputError(f"{run}: exists already; {do}, or resume=auto to go on with it")
@@ -51,8 +51,8 @@ def open_run(config: Config) -> Path:
 
 def check_writable(folder: Path) -> None:
     """Raise InputError if a folder cannot be made, or written to. The trial leaves nothing."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if there.is_dir():
             tempfile.TemporaryFile(dir=there).close()
     except OSError as error:

@@ -32,19 +32,11 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from chat import load_tokenizer, make_chat
-from checkpoint import (
-    SaveError,
-    agree,
-    check_files,
-    checkpoints,
-    load_checkpoint,
-    newest_sound,
-    prune,
-    save_adapter,
-    save_checkpoint,
-    save_model,
+from checkpoint import (  # isort: skip
+    SaveError, agree, check_files, checkpoints, load_checkpoint, newest_sound, prune, save_adapter,
+    save_checkpoint, save_model,
 )
+from chat import load_tokenizer, make_chat
 from config import Config, InputError, help_text, load_config, own_rows, write_rows
 from dist import World, close, gathered, refill, start
 from eval import describe, evaluate, join_evaluation, write_evaluation
@@ -232,6 +224,9 @@ def evaluate_step(run: Run, state: State, tokenizer) -> None:
         run.say(f"ALARM evaluation {step}: {error}; it has no score")
     elif world.main:
         rows, cost = join_evaluation(config, parts)
+        failed = sum(row["status"] != "ok" for row in rows)
+        if failed > MAX_FAILED * len(rows):
+            return run.say(f"ALARM evaluation {step}: {failed} users failed; it has no score")
         about = describe(config, f"{run.folder} step {step}", world)
         result = write_evaluation(run.folder / "eval" / f"step_{step}", config, about, rows, cost)
         scores = {f"eval/{key}": result[key] for key in ("score", "success", "failure")}
@@ -242,11 +237,10 @@ def evaluate_step(run: Run, state: State, tokenizer) -> None:
 def describe_world(config: Config, state: State, world: World) -> str:
     """One line on how the run is spread over ranks, and how much memory whole weights take."""
     size = sum(p.numel() for p in state.policy.parameters()) * world.dtype.itemsize / 1e9
-    kind = "a replica of" if state.sampler else "during rollouts gathered weights of"
     trained = sum(p.numel() for o in state.optimisers for g in o.param_groups for p in g["params"])
-    spread = f"{world.size} ranks, one copy of the weights on each {config.shard or world.size}"
-    memory = f"generation={config.generation}: {kind} {size:.2f} GB on each rank"
-    return f"{spread}, {world.dtype}; {trained / 1e6:,.1f} M trained parameters; {memory}"
+    return (f"{world.size} ranks, one copy of the weights on each {config.shard or world.size}, "
+            f"{world.dtype}; {trained / 1e6:,.1f} M trained parameters; "
+            f"generation={config.generation}: {size:.2f} GB of whole weights on each rank")
 
 
 def finish(run: Run, state: State, tokenizer) -> None:
@@ -271,6 +265,17 @@ def load_people(config: Config) -> list[Profile]:
     return profiles
 
 
+def ask_for_user(config: Config, world: World) -> User:
+    """The configured user. Raises InputError on all ranks if any of them has none."""
+    try:
+        user, wrong = make_user(config, config.start_emotion, config.user_mode), ""
+    except InputError as error:
+        user, wrong = None, str(error)
+    if wrong := next(filter(None, world.gather(wrong)), ""):
+        raise InputError(wrong)
+    return user
+
+
 def train(config: Config, user: User | None = None) -> Path:
     """The whole run; tests give another `user`. Returns the folder of the trained model."""
     folder, world = open_run(config), start(config)
@@ -286,7 +291,7 @@ def train(config: Config, user: User | None = None) -> Path:
         more = f"steps={step + 100} trains on"
         run.say(f"{folder} is finished: {step} steps. The model lies in {model}; {more}")
         return model
-    user = user or make_user(config, config.start_emotion, config.user_mode)  # before a model
+    user = user or ask_for_user(config, world)  # before anything is loaded
     chat = make_chat(load_tokenizer(config.tokenizer or config.model), config.think)
     state = build(config, world)
     if checkpoint:

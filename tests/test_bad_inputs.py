@@ -215,6 +215,11 @@ EVAL = {
     "run without a model": (nothing, "run", "model folder"),
     "run of a missing model": (nothing, "run models/nothing SAME tokenizer=bytes out=new", "models/nothing | no such"),
     "run with an unknown key": (nothing, "RUN out=new eval_tmeperature=1", "'eval_tmeperature' | 'eval_temperature'"),
+    "run with missing profiles": (nothing, "RUN out=new eval_profiles=nobody.jsonl", "nobody.jsonl | no such profile"),
+    "run with a bad profile": (lambda: people(ROW, "{"), "RUN out=new", "people.jsonl:2: | not JSON"),
+    "run of a missing shape": (
+        nothing, "run nothing.json SAME tokenizer=bytes out=new", "nothing.json | cannot be read"
+    ),
     "run over a result": (nothing, "RUN out=result", "result | already | out=DIR"),
     "run into a model folder": (nothing, "RUN out=other", "other | out=DIR"),
     "run into a file": (nothing, "RUN out=people.jsonl", "people.jsonl"),

@@ -157,7 +157,7 @@ def test_the_probe_asks_once_and_leaves_no_trace():
     with serve() as server:
         client = endpoint(server)
         client.probe()
-        assert len(server.requests) == 1 and server.requests[0]["max_tokens"] == 1 and client.json_mode
+        assert len(server.requests) == 1 and server.requests[0]["max_tokens"] == 64 and client.json_mode
 
 
 def test_a_server_that_refuses_json_mode_is_not_asked_for_it_again():
@@ -168,7 +168,7 @@ def test_a_server_that_refuses_json_mode_is_not_asked_for_it_again():
         assert ["response_format" in sent for sent in server.requests] == [True, False, False, False]
 
 
-@pytest.mark.parametrize("fault", ["429 at once", "503", "500"])
+@pytest.mark.parametrize("fault", ["429 at once", "503", "500", "hang", "trickle"])
 def test_a_server_that_is_busy_or_still_loading_is_one(fault):
     with serve(fault) as server:
         endpoint(server).probe()
@@ -178,7 +178,8 @@ def test_a_server_that_is_busy_or_still_loading_is_one(fault):
 @pytest.mark.parametrize("fault, words", [
     ("401", "401; look at the key"), ("404", "404; look at user_model and the path"),
     ("400", "400; look at user_model"),
-    ("html", "is no OpenAI-compatible server"), ("drop", "nobody answers"), ("hang", "nobody answers"),
+    ("html", "is no OpenAI-compatible server"), ("drop", "nobody answers"),
+    ("405", "405; look at user_model and the path"),
 ])  # fmt: skip
 def test_a_run_whose_endpoint_is_of_no_use_ends_before_anything_is_loaded(tiny, folder, monkeypatch, fault, words):
     monkeypatch.setattr(train, "build", lambda *_: pytest.fail("weights were loaded"))
@@ -192,6 +193,8 @@ def test_a_run_whose_endpoint_is_of_no_use_ends_before_anything_is_loaded(tiny, 
 
 @pytest.mark.parametrize("url, words", [
     ("notaurl", "no http address"), ("ftp://host/v1", "no http address"), ("http://", "no http address"),
+    ("http://127.0.0.1:80o1/v1", "no http address"), ("http://[::1", "no http address"),
+    ("me:hush-hush@host/v1", "no http address"),
     ("http://me:hush-hush@host/v1", "user_key_env"), ("https://host/v1?api_key=hush-hush", "user_key_env"),
     ("http://127.0.0.1:9/v1", "nobody answers"),
 ])  # fmt: skip
@@ -428,6 +431,24 @@ def test_a_run_with_a_dead_server_stops_with_a_checkpoint_and_says_why(tiny, fol
         assert train.main(argv(config)) == 1
     assert "8 of 8 users failed, twice" in capfd.readouterr().err
     assert [path.name for path in checkpoints(Path(config.run))] == ["step_1"]
+
+
+def test_a_benchmark_counts_what_all_its_repeats_cost(tiny, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "make_user", users.make_user)
+    with serve() as server:
+        config = llm_run(tiny, server, folder, seeds=2, eval_max_turns=2)
+        options = [text for text in argv(config) if not text.startswith(("run=", "model="))]
+        assert evaluation.main(["run", config.model, *options, f"out={tmp_path / 'out'}"]) == 0
+        result = json.loads((tmp_path / "out" / "result.json").read_text())
+        assert result["n"] == 12 and result["cost"]["simulator/llm_calls"] == 12 * 2 == len(server.requests) - 1
+
+
+def test_an_evaluation_whose_users_mostly_fail_has_no_score(tiny, folder, monkeypatch):
+    monkeypatch.setattr(evaluation, "make_user", users.make_user)
+    with serve(fault=lambda n: "403" if n > 8 * 4 else "") as server:
+        config = llm_run(tiny, server, folder, steps=1, eval_every=1)
+        assert train.train(config).is_dir()
+    assert "eval/score" not in metrics(config)[0] and not Path(config.run, "eval").exists()
 
 
 def test_a_missing_key_leaves_no_run_behind(tiny, folder):

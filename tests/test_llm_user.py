@@ -86,7 +86,7 @@ def test_an_appraisal_is_read(text, change):
     f"He is moved.\n{LINES % 5}",
     f"The reply says {ROW % 10}, so {ROW % -5}", '{"change": 5' + "0" * 9000, f"{ROW % 5}\nchange: -5",
     '{"change": ' + "[" * 200_000, '{"response": "5"}', '{"change": 5}', ROW.replace('"a"', '""') % 5,
-    (ROW % 5).replace("}", ', "change": -5}'), (ROW % 5).replace('"c"', '"c", "change": -5'),
+    (ROW % 5).replace("}", ', "change": -5}'), ROW.replace('"c"', r'"hi \ud83d"') % 5, (ROW % 5).replace('"c"', '"c", "change": -5'),
     '{"appraisal": %s}' % (ROW % 6),
     ROW.replace('"analyse": "n", ', "") % 5, (ROW % "+5").replace('"c"', '"he said change: 9"'),
 ])  # fmt: skip

@@ -66,4 +66,4 @@ def connect(config: Config) -> Endpoint | Local:
     banned = banned_ids(chat.tokenizer, model.config.vocab_size, (chat.end,))
     slots = config.user_concurrency * (1 if config.one_call else 2)  # one for each hop
     engine = Engine(model, banned, (chat.end,), slots, config.user_context, config.user_temperature)
-    return Local(engine, chat, config.user_tokens)
+    return Local(engine, chat, config.user_tokens, config.user_concurrency)

@@ -20,8 +20,7 @@ from urllib.parse import urlsplit
 
 from config import Config, InputError, add_rows, own_rows, read_rows, write_rows
 
-KEY = (401, 402, 403)  # refused because of who asks
-REFUSED = (400, *KEY, 404, 422)  # the same request would be refused again
+KEY, BUSY = (401, 402, 403), (408, 409, 429)  # refused because of who asks, or for now
 NO_ANSWER = (ValueError, KeyError, IndexError, TypeError, AttributeError, TimeoutError)
 CONNECT = 5.0  # seconds to reach a server
 
@@ -73,17 +72,21 @@ class Endpoint:
         import httpx
         import openai
 
-        url, name = urlsplit(config.user_url), config.user_key_env
+        name, limit = config.user_key_env, min(CONNECT, config.user_timeout)
+        try:
+            url, _ = urlsplit(config.user_url), httpx.URL(config.user_url)
+        except (ValueError, httpx.InvalidURL):
+            url = urlsplit("")
         if url.scheme not in ("http", "https") or not url.hostname:
-            wrong = f"option 'user_url' is no http address: {config.user_url!r}"
-            raise InputError(f"{wrong}; write user_url=http://127.0.0.1:8001/v1")
+            example = "http://127.0.0.1:8001/v1"
+            raise InputError(f"option 'user_url' is no http address; one reads like {example}")
         if url.username or url.password or "key=" in url.query:
             raise InputError("option 'user_url' holds a secret, which config.json would show; put "
                              "it in an environment variable and name that: user_key_env=NAME")
         key = os.environ.get(name, "").strip() if name else "none"  # a local server wants none
         if not key:
             raise InputError(f"option 'user_key_env': the environment has no {name}; export it")
-        limit = httpx.Timeout(config.user_timeout, connect=min(CONNECT, config.user_timeout))
+        limit = httpx.Timeout(config.user_timeout, connect=limit)
         self.client = openai.OpenAI(api_key=key, base_url=config.user_url, timeout=limit,
                                     max_retries=config.user_retries)  # fmt: skip
         self.config, self.openai, self.httpx = config, openai, httpx
@@ -103,15 +106,22 @@ class Endpoint:
         where = f"option 'user_url': {self.config.user_url}"
         try:
             try:
-                self.request(client, call, 1)
+                self.request(client, call, min(64, self.config.user_tokens))
             except (self.openai.BadRequestError, self.openai.UnprocessableEntityError):
+                if not self.json_mode:
+                    raise
                 self.json_mode = False
-                self.request(client, call, 1)
+                self.request(client, call, min(64, self.config.user_tokens))
         except self.openai.APIStatusError as error:
-            if (code := error.status_code) in REFUSED:
+            if 400 <= (code := error.status_code) < 500 and code not in BUSY:
                 look = "the key (user_key_env)" if code in KEY else "user_model and the path"
                 raise InputError(f"{where} answered {code}; look at {look}") from None
-        except (self.openai.APIConnectionError, self.httpx.HTTPError):
+        except TimeoutError:
+            return
+        except (self.openai.APIConnectionError, self.httpx.HTTPError) as error:
+            cause = error.__cause__ or error
+            if isinstance(cause, self.httpx.ReadTimeout):
+                return
             raise InputError(f"{where}: nobody answers there; start the server") from None
         except NO_ANSWER:
             raise InputError(f"{where} is no OpenAI-compatible server") from None
@@ -180,8 +190,8 @@ class Local:
     have in common (instructions, persona, scene, the talk so far) is prefilled once.
     """
 
-    def __init__(self, engine, chat, tokens: int):
-        self.engine, self.chat, self.tokens = engine, chat, tokens
+    def __init__(self, engine, chat, tokens: int, concurrency: int):
+        self.engine, self.chat, self.tokens, self.limit = engine, chat, tokens, concurrency
         self.begin()
 
     def begin(self) -> None:
@@ -207,7 +217,7 @@ class Local:
 
     def admit(self) -> None:
         """Give waiting calls a free slot: their dialogue and hop's, else the one unused longest."""
-        while self.waiting and len(self.calls) < len(self.slots):
+        while self.waiting and len(self.calls) < self.limit:
             call = self.waiting.popleft()
             prompt, whose = self.chat.opening(call.system, call.user), (call.key, call.hop)
             if len(prompt) >= self.engine.capacity:
@@ -260,7 +270,7 @@ class Record:
         if row is None:
             what = f"{call.where} was not recorded with these settings"
             raise InputError(f"{self.path}: {what}; record=record asks anew")
-        answer = Answer(**{f.name: row[f.name] for f in dataclasses.fields(Answer)})
+        answer = Answer(**{f.name: row.get(f.name, f.default) for f in dataclasses.fields(Answer)})
         self.due.append((row["batch"], row["order"], row["clock"], call, answer))
 
     def poll(self, timeout: float) -> list[tuple[Call, Answer]]:

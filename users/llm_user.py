@@ -109,6 +109,7 @@ def read_answer(text: str, fields: tuple[str, ...]) -> dict[str, str]:
     for name, value in found.items():
         if not isinstance(value, str | int | float) or not str(value).strip():
             raise ValueError(f"no {name}")
+        str(value).encode()  # half a surrogate pair is no text: a ValueError
     return {name: str(value).strip() for name, value in found.items()}
 
 
@@ -274,11 +275,11 @@ class LLMUser:
         self.sessions: dict[Key, Session] = {}
         self.started: set[Key] = set()  # in this rollout
         self.ready: list[tuple[Key, UserTurn | Failed]] = []
-        self.drain()
+        self.counts, self.seconds = Counter(), []  # since `drain` was last called
 
     def drain(self) -> tuple[Counter, list[float]]:
         """Counts, and seconds of the answered calls, since this was last called."""
-        taken = getattr(self, "counts", Counter()), getattr(self, "seconds", [])
+        taken = self.counts, self.seconds
         self.counts, self.seconds = Counter(), []
         return taken
 
@@ -327,7 +328,7 @@ class LLMUser:
         self.counts.update(used, llm_calls=1 + answer.retries)
         if answer.failed:
             return self.finish(s, Failed(answer.failed))
-        self.seconds.append(answer.seconds)
+        self.seconds += [answer.seconds] if answer.seconds else []
         try:
             found, change = self.understand(s, call, answer)
         except ValueError as error:
