@@ -2,13 +2,15 @@
 
     python bench/memory.py [models/smollm2-135m-instruct]
 
-Each row is a process of its own with one thread in fp32: a rollout of a few tokens, which fills the KV cache, then two
-updates (Adam's state appears at the end of the first) of two micro-batches each, on made-up dialogues of 250 random
-tokens, 240 of them trained. Measured is the highest resident memory (VmHWM) above that after the imports and an update
-of a tiny model, which loads the libraries' code. Exits 1 where a row is off by more than 15 %. Linux only.
+Each row is a process of its own with one thread in fp32: a rollout of a few tokens, which fills the
+KV cache, then two updates (Adam's state appears at the end of the first) of two micro-batches each,
+on made-up dialogues of 250 random tokens, 240 of them trained. Measured is the highest resident
+memory (VmHWM) above that after the imports and an update of a tiny model, which loads the
+libraries' code. Exits 1 where a row is off by more than 15 %. Linux only.
 
-glibc's malloc keeps freed blocks for later, and raises the size from which it returns them at once each time such a
-block is freed; fixed thresholds (MALLOC_*_ below) keep resident memory equal to what is allocated.
+glibc's malloc keeps freed blocks for later, and raises the size from which it returns them at once
+each time such a block is freed; fixed thresholds (MALLOC_*_ below) keep resident memory equal to
+what is allocated.
 """
 
 import dataclasses
@@ -33,7 +35,11 @@ from update import build, update  # noqa: E402
 
 PROMPT, REPLY = 10, 240
 WHO = Profile("bench", "persona", "scene", "empathy", "passive", "en", "hello")
-QUIET = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+QUIET = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "OMP_NUM_THREADS": "1",
+}
 KINDS = {
     "GRPO": {"algorithm": "grpo"},
     "PPO, critic=head": {"critic": "head"},
@@ -54,8 +60,18 @@ def make_config(model: str, kind: str, micro_tokens: int, checkpointing: bool) -
 def dialogue(member: int, vocab: int) -> Dialogue:
     """A dialogue of one turn, random ids."""
     noise = random.Random(member)
-    prompt, sampled = ([noise.randrange(20, min(vocab, 40000)) for _ in range(count)] for count in (PROMPT, REPLY))
-    turn = Turn(prompt, sampled, [-1.0] * REPLY, [0.0] * REPLY, Reply([], ""), "cap", UserTurn("ok", 30.0 + member))
+    prompt, sampled = (
+        [noise.randrange(20, min(vocab, 40000)) for _ in range(count)] for count in (PROMPT, REPLY)
+    )
+    turn = Turn(
+        prompt,
+        sampled,
+        [-1.0] * REPLY,
+        [0.0] * REPLY,
+        Reply([], ""),
+        "cap",
+        UserTurn("ok", 30.0 + member),
+    )
     return Dialogue((0, member), WHO, 0, UserTurn("hello", 30.0), [turn], "max_turns")
 
 
@@ -103,13 +119,19 @@ def main() -> int:
         return 0
     model = sys.argv[1] if len(sys.argv) > 1 else "models/smollm2-135m-instruct"
     print(f"{model}, torch {torch.__version__}, fp32, CPU\n")
-    print("| update | checkpointing | micro_tokens | planned GB | measured GB | measured / planned |")
+    print(
+        "| update | checkpointing | micro_tokens | planned GB | measured GB | measured / planned |"
+    )
     print("|---|---|---|---|---|---|", flush=True)
     off = 0
     for kind, tokens, checkpointing in ROWS:
         command = [sys.executable, __file__, model, kind, str(tokens), str(checkpointing)]
-        done = subprocess.run(command, env=os.environ | QUIET, stdout=subprocess.PIPE, text=True, check=True)
-        planned = peak(memory(make_config(model, kind, tokens, checkpointing), model_shape(model), 1))
+        done = subprocess.run(
+            command, env=os.environ | QUIET, stdout=subprocess.PIPE, text=True, check=True
+        )
+        planned = peak(
+            memory(make_config(model, kind, tokens, checkpointing), model_shape(model), 1)
+        )
         found = json.loads(done.stdout)
         sizes = f"{planned / 1e9:.2f} | {found / 1e9:.2f} | {found / planned:.2f}"
         print(f"| {kind} | {'yes' if checkpointing else 'no'} | {tokens} | {sizes} |", flush=True)

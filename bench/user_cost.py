@@ -1,10 +1,12 @@
-"""What a language model as the user costs: calls and tokens, counted on real dialogues with our own prompts.
+"""What a language model as the user costs: calls and tokens, counted on real dialogues with our own
+prompts.
 
     python bench/user_cost.py LOG.jsonl[.gz] [tokenizer] [one_call]
 
-A log's dialogues are held again, its replies told to an LLMUser whose model answers what the log says the user thought
-and said. Every prompt and every answer is tokenized and counted; nothing is generated, no server is asked. The last
-lines multiply that by a training run (steps x dialogues x turns of configs/ppo.py).
+A log's dialogues are held again, its replies told to an LLMUser whose model answers what the log
+says the user thought and said. Every prompt and every answer is tokenized and counted; nothing is
+generated, no server is asked. The last lines multiply that by a training run (steps x dialogues x
+turns of configs/ppo.py).
 """
 
 import json
@@ -22,23 +24,31 @@ from users.llm_user import LLMUser  # noqa: E402
 
 
 class Script:
-    """A client that answers each call with what the log holds for its dialogue, turn and hop, and counts tokens."""
+    """A client that answers each call with what the log holds for its dialogue, turn and hop, and
+    counts tokens.
+    """
 
     def __init__(self, rows: list[dict], count):
         self.rows, self.count, self.waiting = rows, count, []
-        self.tokens = defaultdict(lambda: [0, 0, 0, 0])  # hop -> calls, constant, changing and answered tokens
+        self.tokens = defaultdict(
+            lambda: [0, 0, 0, 0]
+        )  # hop -> calls, constant, changing and answered tokens
 
     def begin(self) -> None:
         self.waiting = []
 
     def submit(self, call) -> None:
-        heard = [message for message in self.rows[call.key[0]]["history"] if message["role"] == "user"]
+        heard = [
+            message for message in self.rows[call.key[0]]["history"] if message["role"] == "user"
+        ]
         message = heard[(call.turn + 1) // 2]
         planning = {key: value for key, value in message["planning"].items() if key != "features"}
         said = {"thinking": message.get("thinking", ""), "response": message["content"]}
         answer = {"appraisal": planning, "reply": said, "both": planning | said}[call.hop]
         answer = json.dumps(answer, ensure_ascii=False)
-        for place, amount in enumerate((1, self.count(call.system), self.count(call.user), self.count(answer))):
+        for place, amount in enumerate(
+            (1, self.count(call.system), self.count(call.user), self.count(answer))
+        ):
             self.tokens[call.hop][place] += amount
         self.waiting.append((call, Answer(answer)))
 
@@ -82,15 +92,19 @@ def main(path: str, tokenizer: str = "models/smollm2-135m-instruct", one_call: s
     print(f"{'hop':<12} {'calls':>6} {'constant':>9} {'changing':>9} {'answer':>7}   tokens a call")
     total = [0, 0]
     for hop, (calls, constant, changing, answered) in client.tokens.items():
-        print(f"{hop:<12} {calls:>6} {constant / calls:>9.0f} {changing / calls:>9.0f} {answered / calls:>7.0f}")
+        print(
+            f"{hop:<12} {calls:>6} {constant / calls:>9.0f} {changing / calls:>9.0f} {answered / calls:>7.0f}"
+        )
         total = [total[0] + constant + changing, total[1] + answered]
     config = load_config(["configs/ppo.py"])
     asked = config.steps * config.groups * config.group_size * config.max_turns
     calls = sum(hop[0] for hop in client.tokens.values()) / turns
     dialogues = config.groups * config.group_size
-    print(f"a run of {config.steps} steps x {dialogues} dialogues x {config.max_turns} turns at "
-          f"most: {asked * calls:,.0f} calls, {asked * total[0] / turns / 1e6:,.0f} M tokens in, "
-          f"{asked * total[1] / turns / 1e6:,.0f} M out")
+    print(
+        f"a run of {config.steps} steps x {dialogues} dialogues x {config.max_turns} turns at "
+        f"most: {asked * calls:,.0f} calls, {asked * total[0] / turns / 1e6:,.0f} M tokens in, "
+        f"{asked * total[1] / turns / 1e6:,.0f} M out"
+    )
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
     make demo          or, the training alone: python train.py configs/demo.py
 
-Two CPU cores, fp32. Model: SmolLM2-135M-Instruct. User: offline, vanilla. Training: 16 steps of 2 people x 16
-dialogues, 2 turns, replies of at most 32 tokens, emotion starts at 50; the 6 dialogues with each person whose rewards
-vary most are learnt from. Benchmark: 24 people never trained on x 3 dialogues of at most 8 replies (7 scored), emotion
-starts at 40. Temperature 1 in both; seed 0, benchmark seed 1000.
+Two CPU cores, fp32. Model: SmolLM2-135M-Instruct. User: offline, vanilla. Training: 16 steps of 2
+people x 16 dialogues, 2 turns, replies of at most 32 tokens, emotion starts at 50; the 6 dialogues
+with each person whose rewards vary most are learnt from. Benchmark: 24 people never trained on x 3
+dialogues of at most 8 replies (7 scored), emotion starts at 40. Temperature 1 in both; seed 0,
+benchmark seed 1000.
 """
 
 from config import Config

@@ -1,5 +1,5 @@
-"""The paper's GRPO with a <think> block before each reply. Hardware: as configs/grpo.py. The paper's result: Sentient
-score 72.0, success 34, failure 10.
+"""The paper's GRPO with a <think> block before each reply. Hardware: as configs/grpo.py. The
+paper's result: Sentient score 72.0, success 34, failure 10.
 
     torchrun --nproc-per-node 8 train.py configs/grpo_think.py user_url=... user_model=...
 """

@@ -25,7 +25,8 @@ config = Config(
     steps=350,
     checkpointing=True,
     micro_tokens=16384,
-    # Our own people. RLVER's, 500 and 100, are Chinese: profiles=FILE eval_profiles=FILE takes them.
+    # Our own people. RLVER's, 500 and 100, are Chinese: profiles=FILE eval_profiles=FILE takes
+    # them.
     profiles="data/en_train.jsonl",
     eval_profiles="data/en_test.jsonl",
     eval_every=10,

@@ -1,5 +1,6 @@
-"""The paper's PPO with a <think> block before each reply. A malformed reply ends its dialogue with reward 0.
-Hardware: as configs/ppo.py. The paper's result: Sentient score 79.2, success 42, failure 9.
+"""The paper's PPO with a <think> block before each reply. A malformed reply ends its dialogue with
+reward 0. Hardware: as configs/ppo.py. The paper's result: Sentient score 79.2, success 42, failure
+9.
 
     torchrun --nproc-per-node 8 train.py configs/ppo_think.py user_url=... user_model=...
 """

@@ -1,6 +1,7 @@
 """For development: a random model of 1 M parameters on bytes, PPO, the offline user.
 
-python train.py configs/tiny.py      two CPU cores, under a minute. It learns nothing of use: every path is walked.
+python train.py configs/tiny.py      two CPU cores, under a minute. It learns nothing of use: every
+path is walked.
 """
 
 from config import Config

