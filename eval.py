@@ -128,8 +128,8 @@ def command_run(argv: list[str]) -> int:
     folder = Path(out or (run / within if run else f"runs/eval-{Path(name).name}"))
     world = World(device=device, dtype=half_on_gpu(config.precision, device))
     load_profiles(config.eval_profiles)  # whatever is wrong is said before weights are loaded
-    files = newest or [Path(name) if name.endswith(".json") else find_folder(name)]
-    files += [find_folder(config.model)] if newest and config.lora_rank else []
+    bases = [name] if not newest else [config.model] if config.lora_rank else []
+    files = newest + [Path(base) if base.endswith(".json") else find_folder(base) for base in bases]
     settings = describe(config, f"{name} ({fingerprint(*files)})", world)
     log = begin_evaluation(folder, settings)
     tokenizer = load_tokenizer(config.tokenizer or (config.model if newest else name))
