@@ -147,7 +147,8 @@ def repair(text: str, fields: tuple[str, ...]) -> dict:
     odd = {k: v for k, v in row.items() if isinstance(v, str) and "“" not in v}
     row = unique([*(row | {k: re.sub(r"[\s}”]+$", "", v) for k, v in odd.items()}).items()])
     if "change" in fields:  # as it was written: a repair may lose a sign
-        written = re.search(rf"""(?:{NAMES["change"]})["'”’`]?\s*[:：=]([^,，}}\n]*)""", text, re.I)
+        key = rf"""(?<!\w)(?:{NAMES["change"]})["'”’`*]*\s*[:：=]"""  # as in `named`
+        written = re.search(rf"{key}([^,，}}\n]*)", text, re.I)
         row["change"] = written[1] if written else ""
     return row
 
@@ -178,7 +179,8 @@ def read_change(text: str) -> float:
     outside = outside if outside.strip() else re.sub(r"[()\[\]【】]", " ", text)
     number = r"\d+(?:\.\d+)?(?![\w.]*\d)"
     first = re.match(rf"\s*([+-]?)\s*({number})(?![a-z]*\d)", outside, re.I)
-    if not first or {*re.findall(number, outside)} != {first[2]} or float(first[2]) > 100:
+    every = {sign + digits for sign, digits in re.findall(rf"([+-]?)\s*({number})", outside)}
+    if not first or every != {first[1] + first[2]} or float(first[2]) > 100:
         raise ValueError("not one number up to 100 at the beginning of the change")
     value = float(first[1] + first[2])
     words = re.sub(r"\d|points?|pts?|[\s()\[\]【】.,。+-]|[分点點]", "", text, flags=re.I)
