@@ -101,12 +101,11 @@ class Engine:
     def __init__(
         self, model: Transformer, banned_V: Tensor, stop_ids: tuple[int, ...], slots: int,
         capacity: int, temperature: float, value_head: ValueHead | None = None,
-        prefill_tokens: int = PREFILL, dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
     ):  # fmt: skip
         c, weight = model.config, model.output_weight
         self.model, self.banned, self.stop_ids = model, banned_V.to(weight.device), stop_ids
-        self.capacity, self.temperature, self.prefill_tokens = capacity, temperature, prefill_tokens
-        self.value_head = value_head
+        self.capacity, self.temperature, self.value_head = capacity, temperature, value_head
         shape = (c.num_layers, slots, c.num_kv_heads, capacity, c.head_dim)
         self.cache = KVCache(shape, dtype or weight.dtype, weight.device)
         self.held: list[list[int]] = [[] for _ in range(slots)]  # ids whose KV each slot holds
@@ -150,7 +149,7 @@ class Engine:
         starts = {row.slot: self.keep(row) for row in rows}
         for row in rows:
             count = len(row.prompt) - starts[row.slot]
-            if batch and size + count > self.prefill_tokens:
+            if batch and size + count > PREFILL:
                 last.append(self.prefill_batch(batch, starts))
                 batch, size = [], 0
             batch.append(row)

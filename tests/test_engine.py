@@ -169,11 +169,16 @@ def test_what_was_not_finite_leaves_no_trace():
         assert_same(rows[slot], alone(model, prompt))
 
 
-@pytest.mark.parametrize("prefill_tokens", [1, 40, 64])
-def test_more_rows_than_one_prefill_batch_equal_each_row_alone(prefill_tokens):
+@pytest.mark.parametrize("prefill_tokens, batches", [(1, 4), (40, 3), (64, 2)])
+def test_more_rows_than_one_prefill_batch_equal_each_row_alone(prefill_tokens, batches, monkeypatch):
+    """Prompts of 12, 21, 30 and 39 tokens."""
+    sizes, real = [], Engine.prefill_batch
+    monkeypatch.setattr(engine_module, "PREFILL", prefill_tokens)
+    monkeypatch.setattr(Engine, "prefill_batch", lambda self, rows, *a: sizes.append(len(rows)) or real(self, rows, *a))
     model = tiny_model()
     prompts = {slot: random_ids(12 + 9 * slot, seed=slot) for slot in range(4)}
-    rows = ask(engine_of(model, prefill_tokens=prefill_tokens), prompts)
+    rows = ask(engine_of(model), prompts)
+    assert len(sizes) == batches and sum(sizes) == 4
     for slot, prompt in prompts.items():
         assert_same(rows[slot], alone(model, prompt))
 
