@@ -117,6 +117,8 @@ class Config:
     shard: int = option(0, "ranks that share one copy of the weights (FSDP); 0: all", low=0)
     generation: str = option("inplace", "weights in a rollout: inplace (gathered, then freed) or "
                              "replica (a second copy of them)", ("inplace", "replica"))
+    matmul: str = option("auto", "library of CPU matrix products: mkl, onednn, or auto, the faster "
+                         "one by a measurement of half a second", ("auto", "mkl", "onednn"))
     threads: int = option(0, "CPU threads; 0: torch's default", low=0)
     # run
     run: str = option("", "run directory; empty: runs/<name of the config file>")

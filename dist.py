@@ -1,8 +1,8 @@
 """Many processes as one: the process group, FSDP2 sharding, and whole weights for a rollout.
 
-`World()`, a single process on a CPU, shards nothing, and every function does the plain thing. Under
-torchrun, and on a GPU always, `shard` cuts every block with FSDP2 (bf16 compute, fp32 weights and
-gradient sums). Model tensors go over NCCL where there are GPUs. Dialogues and decisions are Python
+`World()`, a single process on a CPU in fp32, shards nothing, and every function does the plain
+thing. Under torchrun, in bf16 and on a GPU, `shard` cuts every block with FSDP2 (bf16 compute, fp32
+weights and gradient sums). Model tensors go over NCCL where there are GPUs. Dialogues and decisions are Python
 objects over gloo, which waits for hours. All ranks must see the same file system.
 """
 
@@ -60,20 +60,17 @@ def pick_device(config: Config) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
-def half_on_gpu(precision: str, device: torch.device) -> torch.dtype:
-    """The compute type of a model that is not trained: bf16 on a GPU unless precision=fp32."""
-    return torch.bfloat16 if device.type == "cuda" and precision != "fp32" else torch.float32
+def compute_type(precision: str, device: torch.device) -> torch.dtype:
+    """What `precision` means: fp32, bf16, or auto, which is bf16 on a GPU alone."""
+    half = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.bfloat16 if half else torch.float32
 
 
 def start(config: Config) -> World:
     """Join torchrun's group; a GPU alone makes its own. Raises InputError if options do not fit."""
     device, several = pick_device(config), int(os.environ.get("WORLD_SIZE", 1)) > 1
-    cuda, precision = device.type == "cuda", config.precision
-    dtype = torch.bfloat16 if precision == "bf16" else half_on_gpu(precision, device)
-    if not several and not cuda:
-        if dtype == torch.bfloat16:
-            cannot = "which a single process on a CPU cannot; use precision=fp32"
-            raise InputError(f"option 'precision' is bf16, {cannot}")
+    cuda, dtype = device.type == "cuda", compute_type(config.precision, device)
+    if not several and not cuda and dtype == torch.float32:
         return World(device=device)
     if cuda:
         torch.cuda.set_device(device)

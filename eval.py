@@ -33,10 +33,10 @@ from score import (  # isort: skip
     by_profile, interval, mismatches, paired_bootstrap, read_log, score_line, score_text, summary,
 )
 from chat import load_tokenizer, make_chat
-from dist import World, half_on_gpu, pick_device
+from dist import World, compute_type, pick_device
 from model import Transformer, find_folder
 from rollout import MAX_FAILED, Dialogue, Job, Stage, log_line, make_engine, make_talk
-from rundir import check_writable
+from rundir import check_writable, use_kernels
 from simulator import load_profiles
 from update import make_model
 from users import make_user, user_name
@@ -79,8 +79,10 @@ def evaluate(
             who = [replace(p, first_talk=said.get(i, p.first_talk)) for i, p in enumerate(profiles)]
             jobs = [Job((i, j), who[i]) for i, j in numbers if (seed, i, j) not in rows]
             user = make_user(config, config.eval_start_emotion, config.eval_user_mode)
-            engine.forget()
-            Stage(engine, chat, user, talk).hold(jobs, (seed, EVAL_STREAM), bar.update, keep, check)
+            try:
+                Stage(engine, chat, user, talk).hold(jobs, (seed, EVAL_STREAM), bar.update, keep, check)
+            finally:
+                engine.forget()
             if isinstance(user, LLMUser):
                 for whole, part in zip(spent, user.drain()):
                     whole += part  # a Counter and a list
@@ -126,12 +128,13 @@ def command_run(argv: list[str]) -> int:
     name = str(newest[0] if newest else run / "model" if run else source)
     within, device = f"eval/{newest[0].name if newest else 'final'}", pick_device(config)
     folder = Path(out or (run / within if run else f"runs/eval-{Path(name).name}"))
-    world = World(device=device, dtype=half_on_gpu(config.precision, device))
+    world = World(device=device, dtype=compute_type(config.precision, device))
     load_profiles(config.eval_profiles)  # whatever is wrong is said before weights are loaded
     bases = [name] if not newest else [config.model] if config.lora_rank else []
     files = newest + [Path(base) if base.endswith(".json") else find_folder(base) for base in bases]
     settings = describe(config, f"{name} ({fingerprint(*files)})", world)
     log = begin_evaluation(folder, settings)
+    print(use_kernels(config, run, world), flush=True)
     tokenizer = load_tokenizer(config.tokenizer or (config.model if newest else name))
     make_chat(tokenizer, config.think)
     make_user(config, config.eval_start_emotion, config.eval_user_mode)

@@ -11,7 +11,6 @@ Shape suffixes: T packed tokens, N trained tokens, D width, H query heads, G key
 K head width, V vocabulary.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +20,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config import InputError
+from kernels import Packed, linear
 
-CHUNK = 1024  # tokens whose logits exist at the same time in training
+CHUNK = 1 << 25  # logits that exist at the same time in training
+BANNED = -1e30  # logit of an id that must not be sampled; minus infinity would make 0 x inf
 FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 Rope = tuple[Tensor, Tensor]  # cosines and sines of the rotary embedding
 
@@ -136,12 +137,21 @@ class Linear(nn.Linear):
     def __init__(self, width_in: int, width_out: int, bias: bool):
         super().__init__(width_in, width_out, bias)
         self.lora_A, self.lora_B, self.scale = nn.ModuleDict(), nn.ModuleDict(), 1.0
+        self.packed: Packed | None = None  # in a rollout: this layer and those beside it
 
     def forward(self, x: Tensor, adapter: str | None = None) -> Tensor:
-        out = F.linear(x, self.weight, self.bias)
-        if adapter in self.lora_A:
-            out = out + self.scale * self.lora_B[adapter](self.lora_A[adapter](x))
-        return out
+        return side_by_side(x, (self,), adapter)[0]
+
+
+def side_by_side(x: Tensor, layers: tuple[Linear, ...], adapter: str | None) -> list[Tensor]:
+    """The outputs of layers that read the same input, in one product where they are packed."""
+    packed = None if torch.is_grad_enabled() else layers[0].packed
+    outs = packed(x) if packed else [linear(x, layer.weight, layer.bias) for layer in layers]
+    return [
+        out + layer.scale * layer.lora_B[adapter](layer.lora_A[adapter](x))
+        if adapter in layer.lora_A else out
+        for layer, out in zip(layers, outs)
+    ]  # fmt: skip
 
 
 class Attention(nn.Module):
@@ -156,7 +166,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x_TD: Tensor, rope: Rope, layer: int, attend, adapter: str | None) -> Tensor:
-        projected = (proj(x_TD, adapter) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        projected = side_by_side(x_TD, (self.q_proj, self.k_proj, self.v_proj), adapter)
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
         q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
         return self.o_proj(attend(layer, q, k, v).flatten(-2), adapter)
@@ -170,8 +180,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor, adapter: str | None) -> Tensor:
-        gate = F.silu(self.gate_proj(x, adapter))
-        return self.down_proj(gate * self.up_proj(x, adapter), adapter)
+        gate, up = side_by_side(x, (self.gate_proj, self.up_proj), adapter)
+        return self.down_proj(F.silu(gate) * up, adapter)
 
 
 class Block(nn.Module):
@@ -206,12 +216,23 @@ class Transformer(nn.Module):
         self.config = c = ModelConfig.from_hf(raw, where)
         self.model = Trunk(c)
         self.lm_head = None if c.tied else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.packed_output: Packed | None = None
         self.checkpointing = False
 
     @property
     def output_weight(self) -> Tensor:
         """The output layer's weight [V, D]."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def pack(self, wanted: bool = True) -> None:
+        """Lay weights out for generation, or drop that; to be done anew when they change."""
+        for block in self.model.layers:
+            a, m = block.self_attn, block.mlp
+            for layers in ((a.q_proj, a.k_proj, a.v_proj), (a.o_proj,),
+                           (m.gate_proj, m.up_proj), (m.down_proj,)):  # fmt: skip
+                weights, biases = zip(*((layer.weight, layer.bias) for layer in layers))
+                layers[0].packed = Packed(weights, biases) if wanted else None
+        self.packed_output = Packed([self.output_weight], [None]) if wanted else None
 
     def forward(
         self, tokens_T: Tensor, position_T: Tensor, attend, adapter: str | None = "policy"
@@ -291,28 +312,70 @@ def predictors(mask_T: Tensor) -> Tensor:
     return mask_T.nonzero().squeeze(1) - 1
 
 
-def token_logprobs(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, banned_V: Tensor,
-                   temperature: float, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Log-probabilities of the targets, and entropies, of softmax(logits / temperature); fp32 [N].
+class TokenLogprobs(torch.autograd.Function):
+    """Log-probabilities and entropies of softmax over logits that exist a chunk at a time.
 
-    Banned ids have probability zero, as in the sampler. Works through `chunk` tokens at a time and
-    recomputes their logits in the backward pass, so that logits [N, V] never exist.
+    With z the logits, p = softmax(z), y the target and H = -sum(p log p):
+        d log p_y / dz = onehot(y) - p          dH / dz = -p (log p + H)
+    The backward pass computes a chunk's logits again; p then turns into the gradient in place.
     """
 
-    def piece(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        logits = sampling_logits(hidden, weight, banned_V, temperature)
-        logp = logits - logits.logsumexp(-1, keepdim=True)
-        entropy = -(logp.exp() * logp.masked_fill(banned_V, 0.0)).sum(-1)
-        return logp.gather(-1, target[:, None]).squeeze(-1), entropy
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, target_N, banned_V, temperature, entropy_gradient):
+        total_N, chosen_N, entropy_N = hidden_ND.new_empty(3, len(target_N), dtype=torch.float32)
+        for s in chunks(hidden_ND, weight_VD):
+            logits = sampling_logits(hidden_ND[s], weight_VD, banned_V, temperature)
+            highest = logits.amax(-1, keepdim=True)
+            odds = (logits - highest).exp_()
+            norm = odds.sum(-1)
+            total_N[s] = highest.squeeze(-1) + norm.log()
+            chosen_N[s] = logits.gather(-1, target_N[s, None]).squeeze(-1)
+            mean = torch.bmm(odds[:, None], logits[:, :, None]).flatten() / norm
+            entropy_N[s] = total_N[s] - mean
+        ctx.save_for_backward(hidden_ND, weight_VD, target_N, banned_V, total_N, entropy_N)
+        ctx.temperature, ctx.entropy_gradient = temperature, entropy_gradient
+        return chosen_N - total_N, entropy_N
 
-    slices = [slice(a, a + chunk) for a in range(0, max(1, len(target_N)), chunk)]
-    inputs = ((hidden_ND[s], weight_VD, target_N[s]) for s in slices)
-    parts = [checkpoint(piece, *args, use_reentrant=False) for args in inputs]
-    return torch.cat([logp for logp, _ in parts]), torch.cat([entropy for _, entropy in parts])
+    @staticmethod
+    def backward(ctx, grad_logp_N, grad_entropy_N):
+        hidden_ND, weight_VD, target_N, banned_V, total_N, entropy_N = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden_ND)
+        grad_weight = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
+        for s in chunks(hidden_ND, weight_VD):
+            logits = sampling_logits(hidden_ND[s], weight_VD, banned_V, ctx.temperature)
+            logp = logits.sub_(total_N[s, None])
+            scale = -grad_logp_N[s, None]
+            if ctx.entropy_gradient:
+                scale = scale - grad_entropy_N[s, None] * (logp + entropy_N[s, None])
+            slope = logp.exp_().mul_(scale)
+            slope.scatter_add_(-1, target_N[s, None], grad_logp_N[s, None])
+            slope = slope.div_(ctx.temperature).to(hidden_ND.dtype)
+            grad_hidden[s] = linear(slope, weight_VD.t())
+            if grad_weight is not None:
+                grad_weight.addmm_(slope.t(), hidden_ND[s])
+        return grad_hidden, grad_weight, None, None, None, None
 
 
-def sampling_logits(
-    hidden_ND: Tensor, weight_VD: Tensor, banned_V: Tensor, temperature: float
-) -> Tensor:
-    """fp32 logits [N, V] to sample from and train on: over the temperature, banned ids at -inf."""
-    return (F.linear(hidden_ND, weight_VD).float() / temperature).masked_fill(banned_V, -math.inf)
+def chunks(hidden_ND: Tensor, weight_VD: Tensor) -> list[slice]:
+    """Slices of the tokens, with at most CHUNK logits in each."""
+    step = max(1, CHUNK // len(weight_VD))
+    return [slice(a, a + step) for a in range(0, len(hidden_ND), step)]
+
+
+def token_logprobs(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, banned_V: Tensor,
+                   temperature: float, entropy_gradient: bool = True
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Log-probabilities of the targets, and entropies, of softmax(logits / temperature); fp32 [N].
+
+    Banned ids have probability zero, as in the sampler. Logits [N, V] never exist as a whole. The
+    entropies have a gradient only if asked, since it costs a pass over the vocabulary.
+    """
+    return TokenLogprobs.apply(hidden_ND, weight_VD, target_N, banned_V, temperature, entropy_gradient)
+
+
+def sampling_logits(hidden_ND: Tensor, weight_VD: Tensor, banned_V: Tensor, temperature: float,
+                    packed: Packed | None = None) -> Tensor:  # fmt: skip
+    """fp32 logits [N, V] to sample from and train on: over the temperature, banned ids at BANNED."""
+    product = packed(hidden_ND)[0] if packed else linear(hidden_ND, weight_VD)
+    logits = product.float().masked_fill_(banned_V, BANNED)
+    return logits.div_(temperature) if temperature != 1 else logits

@@ -1,4 +1,4 @@
-"""A run's folder: config.json, env.txt, metrics.jsonl, dialogues.jsonl, tb/, ckpt/ and eval/.
+"""A run's folder: config.json, kernels.json, env.txt, metrics.jsonl, dialogues.jsonl, tb/, ckpt/ and eval/.
 
 JSON lines are the truth, TensorBoard a copy. Only the main rank writes. ckpt/ is checkpoint.py's.
 """
@@ -20,13 +20,19 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import kernels
 from checkpoint import checkpoints
-from config import MAY_CHANGE, Config, InputError, add_rows, own_rows, read_saved, save_config, write_rows
+
+from config import (  # isort: skip
+    MAY_CHANGE, Config, InputError, add_rows, own_rows, read_json, read_saved, save_config,
+    write_rows,
+)
 from dist import World
 from rollout import Talk, log_line
 from users.offline import user_hash
 
 LOCK = ".lock"
+KERNELS = "kernels.json"
 
 
 def open_run(config: Config) -> Path:
@@ -47,6 +53,23 @@ def open_run(config: Config) -> Path:
     elif run.exists() and any(path.name not in ("eval", LOCK) for path in run.iterdir()):
         raise InputError(f"{run}: is not empty and not a run; {do}")
     return run
+
+
+def use_kernels(config: Config, begun: Path | None, world: World) -> str:
+    """Choose matrix kernels, of the run `begun` if there is one, on all ranks; says what they are.
+
+    Resuming to the bit needs the kernels that the run has had. Raises InputError if its file is bad.
+    """
+    given, path = config.matmul, begun / KERNELS if begun else None
+    if given == "auto" and path and path.is_file():
+        given = read_json(path)
+        known = set(given.values()) <= set(kernels.LIBRARIES)
+        if given.keys() != kernels.chosen.keys() or not known:
+            raise InputError(f"{path}: names no libraries for matrix products; remove it to measure")
+    line = kernels.use(given) if world.main else ""
+    line, chosen = world.gather((line, kernels.chosen))[0]  # one measurement for all
+    kernels.chosen.update(chosen)
+    return line
 
 
 def check_writable(folder: Path) -> None:
@@ -88,6 +111,7 @@ def prepare_run(config: Config, run: Path, talk: Talk, step: int, world: World) 
              "platform": platform.platform(), "ranks": world.size, "device": device,
              "compute": world.dtype, "threads": torch.get_num_threads(),
              "commit": commit or "unknown", "user": user_hash()}  # fmt: skip
+    (run / KERNELS).write_text(json.dumps(kernels.chosen) + "\n")
     (run / "env.txt").write_text("".join(f"{key} {found}\n" for key, found in about.items()))
     systems = json.dumps(talk.systems, ensure_ascii=False, indent=1)
     (run / "system_prompts.json").write_text(systems + "\n", encoding="utf-8")

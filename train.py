@@ -41,7 +41,10 @@ from config import Config, InputError, help_text, load_config, own_rows, write_r
 from dist import World, close, gathered, refill, start
 from eval import describe, evaluate, join_evaluation, write_evaluation
 from rollout import MAX_FAILED, Dialogue, Job, Stage, make_engine, make_talk
-from rundir import best_step, lock_run, log_step, open_run, prepare_run, write_scalars
+
+from rundir import (  # isort: skip
+    best_step, lock_run, log_step, open_run, prepare_run, use_kernels, write_scalars,
+)
 from simulator import Profile, User, hash_key, load_profiles
 from update import State, build, update
 from users import make_user
@@ -163,7 +166,6 @@ def rollout_metrics(dialogues: list[Dialogue], parts: list[Rollout], seconds: fl
 def hold(run: Run, stage: Stage, jobs: list[Job], step: int) -> Rollout:
     """Hold this rank's dialogues of a step."""
     engine, dialogues, error = stage.engine, [], ""
-    engine.forget()
     begun, engine.tokens_sampled, engine.tokens_prefilled = time.perf_counter(), 0, 0
     seed, total = (run.config.seed, step), len(jobs) * stage.talk.max_turns
     with tqdm(total=total, desc=f"rollout {step + 1}", unit="reply", leave=False,
@@ -172,6 +174,8 @@ def hold(run: Run, stage: Stage, jobs: list[Job], step: int) -> Rollout:
             dialogues = stage.hold(jobs, seed, bar.update, check=run.interrupts.check)
         except FloatingPointError as problem:
             error = str(problem)
+        finally:
+            engine.forget()
     seconds = time.perf_counter() - begun
     return Rollout(dialogues, engine.tokens_sampled, engine.tokens_prefilled, seconds, error)
 
@@ -293,6 +297,7 @@ def train(config: Config, user: User | None = None) -> Path:
         return model
     user = user or ask_for_user(config, world)  # before anything is loaded
     chat = make_chat(load_tokenizer(config.tokenizer or config.model), config.think)
+    run.say(use_kernels(config, checkpoint and checkpoint.parent.parent, world))
     state = build(config, world)
     if checkpoint:
         state.step = load_checkpoint(checkpoint, state.modules, state.optimisers)

@@ -121,8 +121,8 @@ def forward(
     attend = PackedAttention(batch.cu_seqlens, batch.tokens_T.device)
     hidden_ND = model(batch.tokens_T, batch.position_T, attend, adapter)[predictors(batch.mask_T)]
     target_N = batch.tokens_T[batch.mask_T]
-    scores = token_logprobs(hidden_ND, model.output_weight, target_N, banned, config.temperature)
-    return *scores, hidden_ND
+    how = banned, config.temperature, config.entropy_coef != 0
+    return *token_logprobs(hidden_ND, model.output_weight, target_N, *how), hidden_ND
 
 
 def values(state: State, batch: Batch) -> Tensor:

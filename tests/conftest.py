@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import kernels
 from chat import banned_ids, load_tokenizer, make_chat
 from checkpoint import init_weights
 from engine import Engine
@@ -67,6 +68,15 @@ def hidden_states(model: Transformer, *documents: list[int]) -> torch.Tensor:
     position = torch.cat([torch.arange(len(ids)) for ids in documents])
     tokens = torch.tensor([token for ids in documents for token in ids])
     return model(tokens, position, PackedAttention(ends, tokens.device))
+
+
+@pytest.fixture(autouse=True)
+def one_library(monkeypatch):
+    """Every test begins with MKL's products, and no run within this process measures others."""
+    monkeypatch.setattr(kernels, "probe", lambda: (dict.fromkeys(kernels.USES, "mkl"), "in a test"))
+    kernels.use("mkl")
+    yield
+    kernels.use("mkl")
 
 
 class ScriptedUser:

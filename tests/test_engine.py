@@ -2,12 +2,13 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 from conftest import hidden_states, random_ids, tiny_model
 
 import engine as engine_module
-from engine import Decode, Engine, KVCache, Prefill, inverse_cdf, uniform
+from engine import Decode, Engine, KVCache, Prefill, Span, block_sums, inverse_cdf, uniforms
 from model import ValueHead, predictors, token_logprobs
 from simulator import hash_key
 
@@ -66,10 +67,10 @@ def test_full_forward_equals_chunked_prefill_equals_decode(family):
         return torch.cat(parts)
 
     def prefill(cache, begin, size):
-        return Prefill(cache, [2], [begin], [size])
+        return Prefill(cache, [Span(2, 2, begin, begin, begin + size)])
 
     def decode(cache, begin, size):
-        return Decode(cache, torch.tensor([2]), torch.tensor([begin]))
+        return Decode(cache, torch.tensor([2]), [2]).at(torch.tensor([begin]), begin + 1)
 
     torch.testing.assert_close(in_chunks([40], prefill), full, **CLOSE)
     torch.testing.assert_close(in_chunks([7, 1, 13, 19], prefill), full, **CLOSE)
@@ -88,10 +89,12 @@ def test_ragged_prefill_and_ragged_decode_equal_each_row_alone(family):
         return tokens, torch.cat([torch.arange(b, b + n) for b, n in zip(begins, counts)])
 
     held = [0, 2]  # the rows of which the cache holds a part already
-    model(*pick([0, 0, 0], begins), Prefill(cache, [slots[i] for i in held], [0, 0], [begins[i] for i in held]))
-    ragged = model(*pick(begins, counts), Prefill(cache, slots, begins, counts))
+    model(*pick([0, 0, 0], begins), Prefill(cache, [Span(slots[i], slots[i], 0, 0, begins[i]) for i in held]))
+    spans = [Span(slot, slot, b, b, b + n) for slot, b, n in zip(slots, begins, counts)]
+    ragged = model(*pick(begins, counts), Prefill(cache, spans))
     ends = [b + n for b, n in zip(begins, counts)]
-    step = model(*pick(ends, [1, 1, 1]), Decode(cache, torch.tensor(slots), torch.tensor(ends)))
+    context = Decode(cache, torch.tensor(slots), slots).at(torch.tensor(ends), max(ends) + 1)
+    step = model(*pick(ends, [1, 1, 1]), context)
     single = [hidden_states(model, ids) for ids in documents]
     torch.testing.assert_close(ragged, torch.cat([h[b:e] for h, b, e in zip(single, begins, ends)]), **CLOSE)
     torch.testing.assert_close(step, torch.stack([h[-1] for h in single]), **CLOSE)
@@ -126,6 +129,46 @@ def test_slot_reuse_leaves_no_trace():
         rows = ask(engine, prompts)
         for slot in prompts:
             assert_same(rows[slot], alone(model, prompts[slot]))
+
+
+def test_a_group_computes_its_prompt_once_and_says_what_it_would_say_alone():
+    """Also where groups are cut into prefill batches, share their beginning, and a slot is used again."""
+    model, system = tiny_model(), random_ids(15, seed=9)
+    engine = engine_of(model, slots=6, capacity=64)
+    for turn, cap in ((0, 3), (1, 9)):
+        prompts = [[*system, *random_ids(20, seed=10 * turn + group)] for group in range(2)]
+        before = engine.tokens_prefilled
+        for slot in range(6):
+            engine.submit(slot, prompts[slot % 2], (turn, slot), cap)
+        rows = finish(engine)
+        assert engine.tokens_prefilled - before == [35 + 20 + 4, 20 + 20 + 4][turn]
+        for slot, row in rows.items():
+            single = engine_of(model, slots=1)
+            single.submit(0, prompts[slot % 2], (turn, slot), cap)
+            assert_same(row, finish(single)[0])
+
+
+def test_a_prompt_is_copied_from_a_slot_that_is_itself_being_written():
+    """Of rows prefilled together, 0 copies what 1 held before, and 2 what 0 has just got."""
+    model, a, b = tiny_model(), random_ids(30, seed=1), random_ids(30, seed=2)
+    engine = engine_of(model)
+    ask(engine, {1: a}, cap=2)
+    before, prompts = engine.tokens_prefilled, {0: [*a, 5], 1: b, 2: [*a, 5, 6, 7], 3: b}
+    rows = ask(engine, prompts)
+    assert engine.tokens_prefilled - before == 1 + 30 + 2 + 1
+    for slot, prompt in prompts.items():
+        assert_same(rows[slot], alone(model, prompt))
+
+
+@pytest.mark.parametrize("slots", [[0, 1, 2, 3], [1, 2, 4], [0, 7], [5], [6, 2, 3]])
+def test_rows_that_lie_anywhere_in_the_cache_equal_each_row_alone(slots):
+    """Next to each other, with holes, and so far apart that they are copied out; over other rows' remains."""
+    model = tiny_model("qwen3")
+    engine = engine_of(model, slots=8)
+    ask(engine, {slot: random_ids(60, seed=50 + slot) for slot in range(8)}, cap=4)
+    rows = ask(engine, {slot: random_ids(12 + slot, seed=slot) for slot in slots})
+    for slot in slots:
+        assert_same(rows[slot], alone(model, random_ids(12 + slot, seed=slot)))
 
 
 def test_cut_back_leaves_no_trace():
@@ -174,7 +217,7 @@ def test_more_rows_than_one_prefill_batch_equal_each_row_alone(prefill_tokens, b
     """Prompts of 12, 21, 30 and 39 tokens."""
     sizes, real = [], Engine.prefill_batch
     monkeypatch.setattr(engine_module, "PREFILL", prefill_tokens)
-    monkeypatch.setattr(Engine, "prefill_batch", lambda self, rows, *a: sizes.append(len(rows)) or real(self, rows, *a))
+    monkeypatch.setattr(Engine, "prefill_batch", lambda self, rows: sizes.append(len(rows)) or real(self, rows))
     model = tiny_model()
     prompts = {slot: random_ids(12 + 9 * slot, seed=slot) for slot in range(4)}
     rows = ask(engine_of(model), prompts)
@@ -268,7 +311,8 @@ def test_hashed_uniforms_lie_in_the_open_interval_and_differ_by_key():
     keys = [(), (0,), (0, 0), (1,), (1, 0), (0, 1), (-1,), (1, 2, 3), (3, 2, 1), (1 << 40,)]
     keys += [(seed, step, turn, position) for seed in range(3) for step in range(3) for turn in range(3)
              for position in range(300)]  # fmt: skip
-    draws = [uniform(*key) for key in keys]
+    draws = [float(uniforms(key, 1)) for key in keys if len(key) < 4]
+    draws += torch.cat([uniforms(key[:-1], 300) for key in keys if len(key) == 4 and key[-1] == 0]).tolist()
     assert len(set(draws)) == len(keys) and all(0 < u < 1 for u in draws)
     counts = torch.histc(torch.tensor(draws), bins=10, min=0, max=1)
     chi_square = ((counts - len(keys) / 10) ** 2 / (len(keys) / 10)).sum()
@@ -277,8 +321,16 @@ def test_hashed_uniforms_lie_in_the_open_interval_and_differ_by_key():
 
 @pytest.mark.parametrize("bits", [0, (1 << 64) - 1])
 def test_the_outermost_hashes_still_give_a_uniform_inside_the_open_interval(bits, monkeypatch):
-    monkeypatch.setattr(engine_module, "hash_key", lambda *key: bits)
-    assert 0 < uniform(1) < 1
+    monkeypatch.setattr(engine_module, "hash_key", lambda *key: numpy.array([bits], dtype=numpy.uint64))
+    assert 0 < uniforms((1,), 1) < 1
+
+
+def test_hashing_a_row_of_positions_at_once_equals_hashing_each():
+    keys = [(), (5,), (-1, 1 << 63), (7, 3, 2, 1, 9)]
+    for key in keys:
+        found = hash_key(*key, numpy.arange(500, dtype=numpy.uint64)).tolist()
+        assert found == [hash_key(*key, t) for t in range(500)]
+        assert torch.equal(uniforms(key, 9), uniforms(key, 500)[:9])
 
 
 def test_hash_is_fixed_for_ever():
@@ -286,11 +338,15 @@ def test_hash_is_fixed_for_ever():
     assert [hash_key(1, 2, 3), hash_key(0)] == [0xd0734750fde362b3, 0xe220a8397b1dcdaf]
 
 
+def pick(logits, noise):
+    odds = (logits - logits.amax(-1, keepdim=True)).exp()
+    return inverse_cdf(odds, block_sums(odds), noise)
+
+
 def test_inverse_cdf_reproduces_a_distribution():
     logits = torch.tensor([-math.inf, 1.0, 0.0, -math.inf, 2.0, -3.0, 0.5, 0.5, -1.0, -math.inf])
     draws = 20_000
-    noise = torch.tensor([uniform(1, i) for i in range(draws)], dtype=torch.float64)
-    choice = inverse_cdf(logits.expand(draws, -1), noise)
+    choice = pick(logits.expand(draws, -1), uniforms((1,), draws))
     counts, expected = torch.bincount(choice, minlength=10), logits.softmax(-1) * draws
     allowed = expected > 0
     assert counts[~allowed].sum() == 0
@@ -302,7 +358,19 @@ def test_inverse_cdf_never_gives_a_banned_id_at_the_ends():
     logits = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     logits[[0, 1, 2, 500, 997, 998, 999]] = -math.inf
     ends = torch.tensor([0.0, 2**-54, 0.5 / (1 << 53), 1 - 2**-53, 1.0], dtype=torch.float64)
-    assert inverse_cdf(logits.expand(5, -1), ends).tolist() == [3, 3, 3, 996, 996]
+    assert pick(logits.expand(5, -1), ends).tolist() == [3, 3, 3, 996, 996]
+
+
+@pytest.mark.parametrize("vocab", [10, 256, 264, 512, 1000, 49152])
+def test_inverse_cdf_by_blocks_equals_one_cumulative_sum(vocab):
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(40, vocab, generator=generator) * 3
+    logits.masked_fill_(torch.rand(40, vocab, generator=generator) < 0.3, -1e30)
+    logits[3, : vocab // 2], logits[4, vocab // 2 :] = -1e30, -1e30
+    noise = torch.rand(40, dtype=torch.float64, generator=generator)
+    cumulative = (logits.double() - logits.double().amax(-1, keepdim=True)).exp().cumsum(-1)
+    plain = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)
+    assert pick(logits, noise).tolist() == plain.squeeze(1).tolist()
 
 
 def test_inverse_cdf_resolves_a_tail_that_fp32_sums_would_lose():
@@ -310,7 +378,7 @@ def test_inverse_cdf_resolves_a_tail_that_fp32_sums_would_lose():
     probability = logits.double().softmax(-1)
     middle = probability.cumsum(-1) - probability / 2  # the uniform in the middle of each id's share
     ids = torch.tensor([1, 2, 500, 501, 999])
-    assert inverse_cdf(logits.expand(5, -1), middle[ids]).tolist() == ids.tolist()
+    assert pick(logits.expand(5, -1), middle[ids]).tolist() == ids.tolist()
 
 
 # ---- endings

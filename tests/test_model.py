@@ -1,7 +1,6 @@
 """The model: equal to transformers, loaded strictly, its log-probs and gradients equal to brute force."""
 
 import json
-import math
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ import transformers
 from conftest import hidden_states, random_ids, tiny_model, tiny_raw
 from safetensors.torch import load_file, save_file
 
+import model as model_module
 from chat import banned_ids, load_tokenizer
 from checkpoint import load_model, save_model
 from config import InputError
@@ -228,26 +228,36 @@ def brute_force(hidden, weight, target, banned, temperature):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("chunk", [1, 5, 1024])
-def test_log_probs_entropy_and_their_gradients_equal_brute_force(scored, temperature, chunk):
+@pytest.mark.parametrize("rows", [1, 5, 1024])
+@pytest.mark.parametrize("bonus", [0.3, 0.0])
+def test_log_probs_entropy_and_their_gradients_equal_brute_force(scored, temperature, rows, bonus, monkeypatch):
+    """The coefficient of the entropy is 0 in some runs: then its part of the gradient is not computed."""
+    monkeypatch.setattr(model_module, "CHUNK", 50 * rows)
     hidden, weight, target, banned = scored
     results = []
-    for function, extra in ((brute_force, ()), (token_logprobs, (chunk,))):
+    for function, extra in ((brute_force, ()), (token_logprobs, (bonus != 0,))):
         logp, entropy = function(hidden, weight, target, banned, temperature, *extra)
         coefficient = torch.linspace(-1, 2, len(target))  # each token weighs differently, as in a loss
-        loss = (coefficient * logp).sum() + 0.3 * (coefficient.flip(0) * entropy).sum()
+        loss = (coefficient * logp).sum() + bonus * (coefficient.flip(0) * entropy).sum()
         results.append((logp, entropy, *torch.autograd.grad(loss, (hidden, weight))))
     for ours, theirs in zip(*results):
-        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-5)
+
+
+def test_a_frozen_output_layer_gets_no_gradient_and_the_hidden_states_the_same(scored):
+    hidden, weight, target, banned = scored
+    both = [torch.autograd.grad(token_logprobs(hidden, w, target, banned, 0.7)[0].sum(), hidden)[0]
+            for w in (weight, weight.detach())]  # fmt: skip
+    assert torch.equal(*both)
 
 
 def test_banned_ids_have_probability_zero(scored):
     hidden, weight, _, banned = scored
     with torch.no_grad():
         weight[7] *= 100  # the banned id would win everywhere
-        assert (sampling_logits(hidden, weight, banned, 1.0)[:, banned] == -math.inf).all()
+        assert (sampling_logits(hidden, weight, banned, 1.0).softmax(-1)[:, banned] == 0).all()
         logp, entropy = token_logprobs(hidden, weight, torch.full((23,), 7), banned, 1.0)
-        assert (logp == -math.inf).all() and torch.isfinite(entropy).all()
+        assert (logp.exp() == 0).all() and torch.isfinite(entropy).all()
         every = torch.stack([token_logprobs(hidden, weight, torch.full((23,), i), banned, 1.0)[0] for i in range(50)])
     torch.testing.assert_close(every.exp().sum(0), torch.ones(23))
 

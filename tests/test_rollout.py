@@ -33,15 +33,23 @@ def hold(chat, jobs, user=None, talk=None, seed=(7, 0), **engine):
 def recite(monkeypatch, chat, script, **engine):
     """An engine that samples `script(group, member, turn)` and <|im_end|>; cache and log-probs are the model's own."""
     reciter = make_engine(chat, letters=None, **engine)
-    sample = reciter.sample
+    sample, prefill, prefilled = reciter.sample, reciter.prefill, []
 
-    def forced(rows, hidden):
-        texts = [script(row.key[-4], row.key[-3], row.key[-1]) for row in rows]
-        ids = [[*chat.text(text), chat.end][len(row.sampled)] for row, text in zip(rows, texts)]
-        monkeypatch.setattr(engine_module, "inverse_cdf", lambda logits, noise: torch.tensor(ids))
-        sample(rows, hidden)
+    def remember(rows):
+        prefilled[:] = rows
+        return prefill(rows)
+
+    def forced(hidden, slots, positions):
+        ids, held = [], {row.slot: row for row in [*reciter.live, *prefilled]}
+        for slot, position in zip(slots.tolist(), positions.tolist()):
+            row = held[slot]
+            text = script(row.key[-4], row.key[-3], row.key[-1])
+            ids.append([*chat.text(text), chat.end][position - len(row.prompt)])
+        monkeypatch.setattr(engine_module, "inverse_cdf", lambda *args: torch.tensor(ids))
+        return sample(hidden, slots, positions)
 
     monkeypatch.setattr(reciter, "sample", forced)
+    monkeypatch.setattr(reciter, "prefill", remember)
     return reciter
 
 

@@ -10,12 +10,10 @@ import dataclasses
 import functools
 from pathlib import Path
 
-import torch
-
 from chat import banned_ids, load_tokenizer, make_chat
 from checkpoint import load_model
 from config import Config
-from dist import half_on_gpu, pick_device
+from dist import compute_type, pick_device
 from engine import Engine
 from simulator import EmotionRules, User
 from users.clients import Endpoint, Local, Record
@@ -60,8 +58,7 @@ def connect(config: Config) -> Endpoint | Local:
         endpoint.probe()
         return endpoint
     chat, device = make_chat(load_tokenizer(config.user_model), think=False), pick_device(config)
-    half = config.user_dtype == "bf16"
-    dtype = torch.bfloat16 if half else half_on_gpu(config.user_dtype, device)
+    dtype = compute_type(config.user_dtype, device)
     model = load_model(config.user_model, config.seed, device, lambda model: model.to(dtype))
     banned = banned_ids(chat.tokenizer, model.config.vocab_size, (chat.end,))
     slots = config.user_concurrency * (1 if config.one_call else 2)  # one for each hop
