@@ -299,18 +299,16 @@ class Engine:
 
     def sample(self, hidden_BD: Tensor, slot_B: Tensor, position_B: Tensor) -> Tensor:
         """Sample an id a row, write it down at `position_B` of its slot; the rows' codes [B]."""
-        weight, packed = self.model.output_weight, self.model.packed_output
-        temperature = self.temperature or 1.0
-        logits = sampling_logits(hidden_BD, weight, self.banned, temperature, packed)
-        highest = logits.amax(-1, keepdim=True)
-        odds = (logits - highest).exp_()
+        output = self.model.packed_output or self.model.output_weight
+        logits = sampling_logits(hidden_BD, output, self.banned, self.temperature or 1.0)
+        odds = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
         sums = block_sums(odds)
         total = sums.sum(-1)
         if self.temperature == 0:
-            choice = logits.argmax(-1)
+            choice = odds.argmax(-1)
         else:
             choice = inverse_cdf(odds, sums, self.noise[slot_B, position_B])
-        logp = (logits.gather(-1, choice[:, None]) - highest).squeeze(-1) - total.log().float()
+        logp = (odds.gather(-1, choice[:, None]).squeeze(-1) / total).log().float()
         self.ids[slot_B, position_B], self.logp[slot_B, position_B] = choice, logp
         if self.value_head:
             self.value[slot_B, position_B] = self.value_head(hidden_BD)

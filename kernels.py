@@ -29,7 +29,7 @@ operators = torch.ops.mkldnn
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b by oneDNN; x [T, in] and W [out, in], transposed views allowed, or W packed."""
-    return operators._linear_pointwise(x, weight, bias, "none", [], "")
+    return operators._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
 class OneDNNLinear(torch.autograd.Function):

@@ -103,19 +103,20 @@ def find_folder(name: str, weights: bool = True) -> Path:
 
 
 def rope_tables(position_T: Tensor, head_dim: int, theta: float) -> Rope:
-    """cos and sin, [T, 1, K] fp32. As buffers they would be cast to bf16, and lost on meta."""
+    """cos and sin, [T, 1, K] fp32, the first half of sin negative, as `rotate` wants it."""
+    # As buffers they would be cast to bf16, and lost on meta.
     even = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_T.device)
     frequency = theta ** (-even / head_dim)
     angle = position_T.float()[:, None] * frequency
-    angle = torch.cat([angle, angle], dim=-1)[:, None, :]
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x [T, heads, K], halves paired as in Hugging Face's checkpoints."""
-    left, right = x.chunk(2, dim=-1)
-    turned = torch.cat([-right, left], dim=-1)
-    return (x.float() * cos + turned.float() * sin).to(x.dtype)
+    wide = x.float()
+    left, right = wide.chunk(2, dim=-1)
+    return torch.addcmul(wide * cos, torch.cat([right, left], dim=-1), sin).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -373,9 +374,10 @@ def token_logprobs(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, banne
     return TokenLogprobs.apply(hidden_ND, weight_VD, target_N, banned_V, temperature, entropy_gradient)
 
 
-def sampling_logits(hidden_ND: Tensor, weight_VD: Tensor, banned_V: Tensor, temperature: float,
-                    packed: Packed | None = None) -> Tensor:  # fmt: skip
+def sampling_logits(
+    hidden_ND: Tensor, output: Tensor | Packed, banned_V: Tensor, temperature: float
+) -> Tensor:
     """fp32 logits [N, V] to sample from and train on: over the temperature, banned ids at BANNED."""
-    product = packed(hidden_ND)[0] if packed else linear(hidden_ND, weight_VD)
+    product = output(hidden_ND)[0] if isinstance(output, Packed) else linear(hidden_ND, output)
     logits = product.float().masked_fill_(banned_V, BANNED)
     return logits.div_(temperature) if temperature != 1 else logits
