@@ -14,7 +14,7 @@ from torch import Tensor
 from chat import Chat, Reply, banned_ids, system_prompt
 from config import Config
 from engine import Engine, Row
-from model import Transformer, ValueHead
+from model import PackedAttention, Transformer, ValueHead, predictors
 from simulator import EXCLUDED, Failed, Key, Profile, User, UserTurn, band, hash_key
 
 MAX_FAILED = 0.25  # with a larger share of failed users a step or a benchmark does not count
@@ -283,29 +283,33 @@ class Batch:
     tokens_T: Tensor
     position_T: Tensor
     mask_T: Tensor
+    trained_N: Tensor  # where mask is 1; of a mask on a GPU, the host would wait for the answer
+    predictor_N: Tensor  # where the tokens before those are
     logp_T: Tensor  # the sampler's log-probabilities
     value_T: Tensor  # the sampler's values
     cu_seqlens: list[int]
+    attend: PackedAttention
     keys: list[Key]  # dialogue of each trajectory
     begins: list[int]  # trained tokens of that dialogue before each trajectory
     trained: list[int]  # trained tokens of each trajectory
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device."""
-        names = ("tokens_T", "position_T", "mask_T", "logp_T", "value_T")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **moved, attend=PackedAttention(self.cu_seqlens, device))
 
 
 def pack(items: list[Trajectory]) -> Batch:
     """Concatenate trajectories; positions restart at 0 in each."""
-    lengths = [len(item.tokens) for item in items]
+    ends = [0, *accumulate(len(item.tokens) for item in items)]
+    mask_T = torch.tensor([bit for item in items for bit in item.mask], dtype=torch.bool)
     return Batch(
         tokens_T=torch.tensor([token for item in items for token in item.tokens]),
-        position_T=torch.cat([torch.arange(length) for length in lengths]),
-        mask_T=torch.tensor([bit for item in items for bit in item.mask], dtype=torch.bool),
+        position_T=torch.cat([torch.arange(len(item.tokens)) for item in items]),
+        mask_T=mask_T, trained_N=mask_T.nonzero().squeeze(1), predictor_N=predictors(mask_T),
         logp_T=torch.tensor([logp for item in items for logp in item.logp], dtype=torch.float32),
         value_T=torch.tensor([x for item in items for x in item.value], dtype=torch.float32),
-        cu_seqlens=[0, *accumulate(lengths)], keys=[item.key for item in items],
+        cu_seqlens=ends, attend=PackedAttention(ends, "cpu"), keys=[item.key for item in items],
         begins=[item.begin for item in items], trained=[sum(item.mask) for item in items],
     )  # fmt: skip
 

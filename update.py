@@ -9,7 +9,6 @@ without asking, and only vectors over trained tokens are exchanged.
 """
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -22,7 +21,7 @@ import ppo
 from checkpoint import load_model
 from config import Config
 from dist import World, clip_gradients, make_replica, release, shard
-from model import PackedAttention, Transformer, ValueHead, add_adapters, predictors, token_logprobs
+from model import Transformer, ValueHead, add_adapters, token_logprobs
 from rollout import Batch, Dialogue, Trajectory, balance, pack, split, token_rewards, trajectories
 from simulator import Key, hash_key
 
@@ -118,9 +117,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities and entropies [N] of the trained tokens, and their hidden states [N, D]."""
     # A token's hidden state is that of the token before it, which predicts it and has its value.
-    attend = PackedAttention(batch.cu_seqlens, batch.tokens_T.device)
-    hidden_ND = model(batch.tokens_T, batch.position_T, attend, adapter)[predictors(batch.mask_T)]
-    target_N = batch.tokens_T[batch.mask_T]
+    hidden_ND = model(batch.tokens_T, batch.position_T, batch.attend, adapter)[batch.predictor_N]
+    target_N = batch.tokens_T[batch.trained_N]
     how = banned, config.temperature, config.entropy_coef != 0
     return *token_logprobs(hidden_ND, model.output_weight, target_N, *how), hidden_ND
 
@@ -128,9 +126,8 @@ def forward(
 def values(state: State, batch: Batch) -> Tensor:
     """The critic's values [N], each read from the hidden state that predicts a trained token."""
     trunk, adapter = (state.critic, "critic") if state.critic else (state.policy, "policy")
-    attend = PackedAttention(batch.cu_seqlens, batch.tokens_T.device)
-    hidden_TD = trunk(batch.tokens_T, batch.position_T, attend, adapter)
-    return state.value_head(hidden_TD[predictors(batch.mask_T)])
+    hidden_TD = trunk(batch.tokens_T, batch.position_T, batch.attend, adapter)
+    return state.value_head(hidden_TD[batch.predictor_N])
 
 
 @dataclass
@@ -169,7 +166,7 @@ def score(state: State, config: Config, pieces: Pieces, banned: Tensor) -> None:
         if state.critic:
             piece.old_value = values(state, piece.batch)
         elif state.value_head:  # any function of the state may be a baseline: the sampler's is free
-            piece.old_value = piece.batch.value_T[piece.batch.mask_T]
+            piece.old_value = piece.batch.value_T[piece.batch.trained_N]
     if state.reference and state.reference is not state.policy:
         release(state.reference)
 
@@ -230,11 +227,12 @@ def learn(state: State, config: Config, pieces: Pieces, banned: Tensor, world: W
     """One optimiser step on all ranks' pieces, skipped if a number is not finite; its metrics."""
     total = sum(world.gather(sum(len(piece.advantage) for piece in pieces if piece.weight)))
     share = world.size / total  # one denominator for all; FSDP averages gradients over ranks
-    sums: Counter = Counter()
+    rows = []  # fetched once: each number read from a GPU waits for all it has been given to do
     for piece in pieces:
         logp, entropy, hidden = forward(state.policy, config, piece.batch, banned)
         old = logp.detach() if piece.old_logp is None else piece.old_logp
         policy, approx_kl, clipped = ppo.policy_loss(logp, old, piece.advantage, config.clip)
+        amounts = {"policy/loss": policy, "policy/approx_kl": approx_kl, "policy/clipfrac": clipped}
         loss = policy - config.entropy_coef * entropy.sum()
         targets = piece.old_value, piece.returns, config.value_clip
         if state.value_head and not state.critic:
@@ -243,19 +241,17 @@ def learn(state: State, config: Config, pieces: Pieces, banned: Tensor, world: W
         if piece.reference_logp is not None:
             loss = loss + config.kl_coef * ppo.kl_loss(logp, piece.reference_logp)
             log_gap = (piece.reference_logp - logp).detach()  # for k3, a KL estimator
-            sums["policy/kl_reference"] += piece.weight * float((log_gap.exp() - 1 - log_gap).sum())
+            amounts["policy/kl_reference"] = (log_gap.exp() - 1 - log_gap).sum()
         (loss * (piece.weight * share)).backward()
         if state.critic:  # last, so that only one model's activations are in memory
             value_part = ppo.value_loss(values(state, piece.batch), *targets)
             (value_part * (piece.weight * share)).backward()
-        gap = (logp.detach() - piece.batch.logp_T[piece.batch.mask_T]).abs()
-        amounts = {"policy/loss": policy, "policy/approx_kl": approx_kl, "policy/clipfrac": clipped}
+        gap = (logp.detach() - piece.batch.logp_T[piece.batch.trained_N]).abs()
         amounts |= {"policy/entropy": entropy.sum(), "rollout/sampler_gap": gap.sum()}
         amounts |= {"value/loss": value_part} if state.value_head else {}
-        for name, amount in amounts.items():
-            sums[name] += piece.weight * float(amount.detach())
-    everyone = world.gather(sums)
-    metrics = {name: sum(found[name] for found in everyone) / total for name in sums}
+        rows.append(torch.stack([amount.detach() * piece.weight for amount in amounts.values()]))
+    everyone = world.gather(torch.stack(rows).double().sum(0).tolist())
+    metrics = {name: sum(column) / total for name, *column in zip(amounts, *everyone)}
     for name, optimiser in zip(("policy/grad_norm", "value/grad_norm"), state.optimisers):
         parameters = [p for group in optimiser.param_groups for p in group["params"]]
         metrics[name] = clip_gradients(parameters, config.grad_clip, world)
