@@ -347,7 +347,8 @@ class TokenLogprobs(torch.autograd.Function):
             logp = logits.sub_(total_N[s, None])
             scale = -grad_logp_N[s, None]
             if ctx.entropy_gradient:
-                scale = scale - grad_entropy_N[s, None] * (logp + entropy_N[s, None])
+                bonus = (logp + entropy_N[s, None]).mul_(-grad_entropy_N[s, None])
+                scale = bonus.add_(scale)
             slope = logp.exp_().mul_(scale)
             slope.scatter_add_(-1, target_N[s, None], grad_logp_N[s, None])
             slope = slope.div_(ctx.temperature).to(hidden_ND.dtype)

@@ -28,10 +28,8 @@ from model import CHUNK, ModelConfig, find_folder  # noqa: E402
 from simulator import load_profiles  # noqa: E402
 
 SHAPES = ROOT / "configs" / "shapes"
-LOGITS_COPIES = (
-    6  # fp32 [CHUNK, V] at once in the backward pass of a chunk: the logits, and five from them
-)
-SAMPLING = 29  # bytes per logit while a token is drawn: fp32 logits, fp64 sums, int64 ranks, a mask
+LOGITS = 8  # bytes a logit while a chunk is scored: two copies in fp32; under bf16 one in it too
+SAMPLING = 16  # bytes a logit while a token is drawn: the product, in fp32, in fp64 to be summed
 CUDA = 2_000_000_000  # an estimate, not measured: CUDA context, cuBLAS workspaces, NCCL buffers
 ALWAYS, ROLLOUT, EVALUATION = "always", "rollout", "evaluation"
 LOSS, BACKWARD = "update, at the loss", "update, within a block"
@@ -164,7 +162,7 @@ def memory(
         layer = max(
             min(PREFILL, slots * config.context_tokens)
             * (3 * width * c.intermediate_size + 8 * c.hidden_size),
-            cache // c.num_layers,  # a layer's keys and values, gathered by slot
+            cache // c.num_layers,  # a layer's keys and values, copied out of the cache
             SAMPLING * slots * c.vocab_size,
         )
         if count:
@@ -257,7 +255,8 @@ def update_parts(
         8 * c.head_dim + 12
     )  # final norm, rotary tables, ids
     kept = {"activations, kept": tokens * c.num_layers * one + ends}
-    loss = {"logits of a chunk": LOGITS_COPIES * 4 * min(CHUNK, tokens) * c.vocab_size}
+    logits = LOGITS + (2 if width == 2 else 0)
+    loss = {"logits of a chunk": logits * min(CHUNK, tokens * c.vocab_size)}
     backward = {"block, recomputed": tokens * block * config.checkpointing}
     backward["gradients in flight"] = (
         tokens * 2 * width * c.intermediate_size
