@@ -28,6 +28,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.testing._internal.distributed.fake_pg  # noqa: F401, the backend "fake"
+from conftest import tiny_raw
 from ranks import tiny_banned
 from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -37,10 +38,12 @@ from torch.utils._pytree import tree_leaves
 
 import checkpoint
 import dist
+import engine
 import model
 import ppo
 from chat import Reply
 from config import Config
+from model import ModelConfig, Transformer, ValueHead
 from rollout import Batch, Dialogue, Turn
 from scripts.plan import ALWAYS, BACKWARD, LOSS, memory, model_shape
 from simulator import UserTurn
@@ -64,6 +67,7 @@ LARGE = {  # three layers of Qwen2.5-1.5B; tokens of a micro-batch, options
     "grpo_recomputed": (32768, {**GRPO, **RECOMPUTED}),
     "lora_recomputed": (32768, {**GRPO, **RECOMPUTED, "lora_rank": 32}),
 }
+DECODING = {"decode": ("qwen3", False), "decode_flash": ("qwen2", True), "stray": ("llama", False)}
 to, policy_loss = Batch.to, ppo.policy_loss
 BROKEN = {  # a tensor that does not come along to the GPU, as one of many or as an index; a loss that is looked at
     "vector": (Batch, "to", lambda batch, device: replace(to(batch, device), logp_T=batch.logp_T)),
@@ -240,6 +244,38 @@ def run(case: str, gpu: Gpu, folder: Path) -> dict:
             "planned": planned, "highest": highest, "most": gpu.most - before}  # fmt: skip
 
 
+def decode(case: str, gpu: Gpu, folder: Path) -> dict:
+    """What `Gpu` saw of a decode step, as it is captured in a graph, after a prefill."""
+    name, flash = DECODING[case]
+    config = ModelConfig.from_hf(raw := tiny_raw(name), "here")
+    cache = (config.num_kv_heads, config.head_dim)
+
+    def attend(q, keys, values, k, v, cache_seqlens, cache_batch_idx):
+        assert q.shape == (4, 1, config.num_heads, cache[1]) and k.shape == v.shape == (4, 1, *cache)
+        assert keys.shape == values.shape == (9, 64, *cache) and keys.stride(-1) == 1
+        assert cache_seqlens.dtype == cache_batch_idx.dtype == torch.int32 and cache_seqlens.is_cuda
+        return torch.empty_like(q)
+
+    with torch.device("meta"):
+        parts = Transformer(raw).to(torch.bfloat16), ValueHead(raw["hidden_size"])
+    gc.collect()
+    with patch.object(engine, "flash_attn_with_kvcache", attend if flash else None), gpu, torch.no_grad():
+        model, head = (part.to_empty(device="cuda") for part in parts)
+        if case == "stray":
+            head.forward = lambda hidden: hidden[:, 0].float() + torch.zeros(len(hidden))
+        banned, stop = torch.zeros(raw["vocab_size"], dtype=torch.bool), (256,)
+        eng = engine.Engine(model, banned, stop, 8, 64, 0.7, head)
+        for slot in range(3):
+            eng.submit(slot, [1, 2, 3 + slot], (slot,), 5)
+        eng.step()
+        captured = eng.graphs is not None and eng.graphs.captured == {}
+        place, gpu.waits = torch.full((4,), eng.spare, device="cuda"), Counter()
+        code = eng.advance(place, engine.Decode(eng.cache, place, []), 64)
+        waits, where = dict(gpu.waits), str(code.device)
+        code.tolist()
+    return {"waits": waits, "device": where, "graphs": captured, "after": dict(gpu.waits)}
+
+
 def main(folder: Path, *cases: str) -> None:
     """Each case's findings, or the error it raised."""
     torch.set_num_threads(1)
@@ -248,7 +284,7 @@ def main(folder: Path, *cases: str) -> None:
     torch.distributed.init_process_group("fake", rank=0, world_size=RANKS)
     for case in cases:
         try:
-            found[case] = run(case, gpu, folder)
+            found[case] = (decode if case in DECODING else run)(case, gpu, folder)
         except Exception:
             found[case] = {"error": traceback.format_exc()}
     (folder / "found.json").write_text(json.dumps(found, indent=1))
@@ -258,7 +294,7 @@ def main(folder: Path, *cases: str) -> None:
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fake")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(folder), *SMALL, *LARGE, *BROKEN]
+    command = [sys.executable, __file__, str(folder), *SMALL, *LARGE, *BROKEN, *DECODING]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads((folder / "found.json").read_text())
@@ -287,7 +323,16 @@ def test_an_update_needs_the_memory_that_is_planned(found, case):
     assert {found[each].get("highest") for each in LARGE} == {LOSS, BACKWARD}, "both heights are tried"
 
 
+@pytest.mark.parametrize("case", ["decode", "decode_flash"])
+def test_a_decode_step_is_the_gpus_alone_and_the_host_waits_behind_it(found, case):
+    """From the last sampled ids to the next and the codes of their rows; then the codes are fetched."""
+    assert "error" not in found[case], found[case]
+    assert found[case]["device"] == "cuda:0" and found[case]["graphs"] and found[case]["waits"] == {}
+    assert sum(found[case]["after"].values()) == 1
+
+
 def test_what_is_looked_for_would_be_found(found):
+    assert "one tensor is on the CPU" in found["stray"]["error"]
     for case in ("vector", "index"):
         assert "aten.index.Tensor: one tensor is on the CPU" in found[case]["error"]
     assert found["looked_at"]["waits"]["learn"] == STEPS + STEPS * PIECES
