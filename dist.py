@@ -2,8 +2,8 @@
 
 `World()`, a single process on a CPU in fp32, shards nothing, and every function does the plain
 thing. Under torchrun, in bf16 and on a GPU, `shard` cuts every block with FSDP2 (bf16 compute, fp32
-weights and gradient sums). Model tensors go over NCCL where there are GPUs. Dialogues and decisions are Python
-objects over gloo, which waits for hours. All ranks must see the same file system.
+weights and gradient sums). Model tensors go over NCCL where there are GPUs. Dialogues and decisions
+are Python objects over gloo, which waits for hours. All ranks must see the same file system.
 """
 
 import os

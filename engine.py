@@ -99,9 +99,9 @@ class Prefill:
             # is_causal aligns its triangle to the top left: that is wrong behind a filled cache.
             position = torch.arange(s.stop, device=q.device)
             mask = position[None, :] <= position[s.start :, None]  # [new, stop]
-            keys, values = (x[layer, s.slot, :, : s.stop][None] for x in (self.cache.k, self.cache.v))
-            qkv = q[piece].transpose(0, 1)[None], keys, values
-            attended = F.scaled_dot_product_attention(*qkv, attn_mask=mask, enable_gqa=True)
+            held = (x[layer, s.slot, :, : s.stop][None] for x in (self.cache.k, self.cache.v))
+            query = q[piece].transpose(0, 1)[None]
+            attended = F.scaled_dot_product_attention(query, *held, mask, enable_gqa=True)
             out[piece] = attended[0].transpose(0, 1)
             begin = piece.stop
         return out
@@ -362,16 +362,16 @@ def common(held: list[int], prompt: list[int], begin: int) -> int:
     """The length of two lists' common beginning, or 0 where it is not longer than `begin`."""
     if held[begin : begin + 1] != prompt[begin : begin + 1] or held[:begin] != prompt[:begin]:
         return 0
-    pairs = zip(held[begin:], prompt[begin:])
-    return begin + next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(held), len(prompt)) - begin)
+    shorter = min(len(held), len(prompt))
+    return next((i for i in range(begin, shorter) if held[i] != prompt[i]), shorter)
 
 
 def block_sums(odds_BV: Tensor) -> Tensor:
     """Sums over blocks of ids [B, blocks], fp64."""
     blocks = odds_BV.shape[1] // BLOCK
-    whole = odds_BV[:, : blocks * BLOCK].reshape(len(odds_BV), blocks, BLOCK)
-    parts = whole.sum(-1, dtype=torch.float64), odds_BV[:, blocks * BLOCK :].double().sum(-1)[:, None]
-    return torch.cat(parts, dim=-1)
+    whole, rest = odds_BV.tensor_split([blocks * BLOCK], dim=1)
+    sums = whole.reshape(-1, blocks, BLOCK).sum(-1, dtype=torch.float64) if blocks else whole.double()
+    return torch.cat([sums, rest.double().sum(-1, keepdim=True)], dim=-1)
 
 
 def inverse_cdf(odds_BV: Tensor, sums: Tensor, uniform_B: Tensor) -> Tensor:

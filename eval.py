@@ -79,10 +79,7 @@ def evaluate(
             who = [replace(p, first_talk=said.get(i, p.first_talk)) for i, p in enumerate(profiles)]
             jobs = [Job((i, j), who[i]) for i, j in numbers if (seed, i, j) not in rows]
             user = make_user(config, config.eval_start_emotion, config.eval_user_mode)
-            try:
-                Stage(engine, chat, user, talk).hold(jobs, (seed, EVAL_STREAM), bar.update, keep, check)
-            finally:
-                engine.forget()
+            Stage(engine, chat, user, talk).hold(jobs, (seed, EVAL_STREAM), bar.update, keep, check)
             if isinstance(user, LLMUser):
                 for whole, part in zip(spent, user.drain()):
                     whole += part  # a Counter and a list

@@ -143,7 +143,7 @@ class Stage:
         without a first line gets one from its user, once for the whole group. `progress(n)` is
         called when n more of the len(jobs) * max_turns replies are done or no longer needed,
         `on_end(dialogue)` when one ends, `check()` before each step of the engine; what that raises
-        ends the rollout outside any forward pass. Call `Engine.forget` after every weight update.
+        ends the rollout outside any forward pass.
         """
         self.seed, self.progress = seed, progress or (lambda count: None)
         self.on_end = on_end or (lambda dialogue: None)
@@ -153,17 +153,20 @@ class Stage:
         self.key_in: dict[int, Key] = {}
         self.openings: dict[int, str | None] = {}  # group -> first line; None while asked for
         waiting = sorted(jobs, key=lambda job: job.key)
-        while waiting or self.active:
-            if check:
-                check()
-            waiting = self.admit(waiting)
-            # Wait for users only when the engine has nothing to do.
-            answers = self.user.poll(0.0 if self.engine.busy else 1.0)
-            for key, answer in sorted(answers, key=lambda pair: pair[0]):
-                self.hear(key, answer)
-            if self.engine.busy:
-                for row in self.engine.step():
-                    self.finish_turn(row)
+        try:
+            while waiting or self.active:
+                if check:
+                    check()
+                waiting = self.admit(waiting)
+                # Wait for users only when the engine has nothing to do.
+                answers = self.user.poll(0.0 if self.engine.busy else 1.0)
+                for key, answer in sorted(answers, key=lambda pair: pair[0]):
+                    self.hear(key, answer)
+                if self.engine.busy:
+                    for row in self.engine.step():
+                        self.finish_turn(row)
+        finally:
+            self.engine.forget()  # the next weights are others
         return [self.done[key] for key in sorted(self.done)]
 
     def admit(self, waiting: list[Job]) -> list[Job]:

@@ -41,10 +41,7 @@ from config import Config, InputError, help_text, load_config, own_rows, write_r
 from dist import World, close, gathered, refill, start
 from eval import describe, evaluate, join_evaluation, write_evaluation
 from rollout import MAX_FAILED, Dialogue, Job, Stage, make_engine, make_talk
-
-from rundir import (  # isort: skip
-    best_step, lock_run, log_step, open_run, prepare_run, use_kernels, write_scalars,
-)
+from rundir import best_step, lock_run, log_step, open_run, prepare_run, use_kernels, write_scalars
 from simulator import Profile, User, hash_key, load_profiles
 from update import State, build, update
 from users import make_user
@@ -174,8 +171,6 @@ def hold(run: Run, stage: Stage, jobs: list[Job], step: int) -> Rollout:
             dialogues = stage.hold(jobs, seed, bar.update, check=run.interrupts.check)
         except FloatingPointError as problem:
             error = str(problem)
-        finally:
-            engine.forget()
     seconds = time.perf_counter() - begun
     return Rollout(dialogues, engine.tokens_sampled, engine.tokens_prefilled, seconds, error)
 

@@ -107,12 +107,14 @@ def roll_out(engine, chat, prompts: list[list[int]], step: int) -> list:
 
 def ours(micro_tokens: int) -> dict:
     """Our steps, in this process."""
+    import kernels
     from chat import banned_ids, load_tokenizer, make_chat
     from config import Config
     from dist import World
     from rollout import make_engine
     from update import build, update
 
+    kernels.use("auto")
     chat = make_chat(load_tokenizer(MODEL), think=False)
     prompts = [chat.opening(SYSTEM, text) for text in TEXTS]
     chat.end = -1  # from here on no id ends a reply, and <|im_end|> is banned like other specials

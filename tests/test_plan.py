@@ -294,3 +294,16 @@ def test_shards_divide_the_machine():
     for shard in (3, 16):
         with pytest.raises(InputError, match=r"\Aoption 'shard'[^\n]*\Z"):
             plan(qwen("7B", shard=shard), "8x80")
+
+
+def test_log_probs_over_a_large_vocabulary_need_less_than_a_gigabyte_of_their_own():
+    """4,096 trained tokens, 152k ids: beside weights, activations and their gradients there are a chunk's logits."""
+    vocab, tokens, width = 151_936, 4096, 16
+    model = torch.nn.Linear(width, vocab, bias=False)
+    model.weight.grad = torch.zeros_like(model.weight)
+    hidden = torch.randn(tokens, width, requires_grad=True)
+    target, banned = torch.arange(tokens), torch.zeros(vocab, dtype=torch.bool)
+    with Live(model) as live:
+        logp, entropy = token_logprobs(hidden, model.weight, target, banned, 0.7)
+        (logp.sum() + 0.01 * entropy.sum()).backward()
+    assert live.most < 0.3e9 < 4 * tokens * vocab

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import engine as engine_module
+import kernels
 from config import Config
 from model import ValueHead
-from rollout import Trajectory, log_line, pack, split, token_rewards, trajectories
+from rollout import Stage, Trajectory, log_line, pack, split, token_rewards, trajectories
 from simulator import EmotionRules, Failed, UserTurn
 from update import State, forward, values
 
@@ -391,3 +392,20 @@ def test_packing_keeps_every_token_mask_and_order_and_splitting_keeps_to_the_bud
             assert batch.position_T[piece].tolist() == list(range(len(item.tokens)))
         assert batch.cu_seqlens == bounds and len(batch.tokens_T) == bounds[-1]
         assert batch.keys == [item.key for item in part] and batch.trained == [sum(item.mask) for item in part]
+
+
+def test_a_rollout_leaves_nothing_in_the_engine(chat):
+    """Weights change behind it: neither keys nor packed weights, however it ends."""
+    kernels.use("onednn" if kernels.available() else "mkl")
+    engine = make_engine(chat)
+    run_dialogues(make_jobs(1, 2), engine, chat, ScriptedUser(), make_talk(), (1,))
+    assert engine.held == [[]] * len(engine.held) and not engine.cache.k.any() and engine.model.packed_output is None
+    stage = Stage(engine, chat, ScriptedUser(), make_talk())
+
+    def stop():
+        if engine.busy:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stage.hold(make_jobs(1, 2), (1,), check=stop)
+    assert not engine.busy and engine.held == [[]] * len(engine.held)
