@@ -128,6 +128,8 @@ class Decode:
     def at(self, position_B: Tensor, reach: int) -> "Decode":
         """Go to these positions, all of them below `reach`."""
         self.position, self.reach = position_B, reach
+        if self.flash:
+            return self
         unseen = torch.arange(reach, device=position_B.device) > self.spread(position_B)[:, None]
         mask = torch.zeros(unseen.shape, dtype=self.cache.k.dtype, device=position_B.device)
         self.mask = mask.masked_fill_(unseen, -math.inf)[:, None, None, :]  # [B, 1, 1, reach]
@@ -148,7 +150,7 @@ class Decode:
         keys[self.slot, :, self.position] = k
         values[self.slot, :, self.position] = v
         query = self.spread(q.unflatten(1, (k.shape[1], -1)))  # [B, G, H/G, K]: no repeated keys
-        keys, values = (x[self.read][:, :, : self.reach] for x in (keys, values))
+        keys, values = (x[:, :, : self.reach][self.read] for x in (keys, values))
         out = F.scaled_dot_product_attention(query, keys, values, attn_mask=self.mask).flatten(1, 2)
         return out if self.place is None else out[self.place]
 
@@ -183,7 +185,7 @@ class Engine:
         self.waiting: list[Row] = []
         self.live: list[Row] = []  # by slot
         self.context: Decode | None = None  # of the live rows
-        self.graphs = Graphs(self) if graphs else None
+        self.graphs = Graphs() if graphs else None
         self.clock = self.tokens_sampled = self.tokens_prefilled = 0
 
     @property
@@ -286,7 +288,7 @@ class Engine:
             self.context = Decode(self.cache, self.slots, slots)
             self.behind = max(len(row.prompt) - row.begun for row in self.live)
         if self.graphs:
-            return self.graphs.step(self.slots, self.behind + self.clock)
+            return self.graphs.step(self, self.slots, self.behind + self.clock)
         return self.advance(self.slots, self.context, self.behind + self.clock)
 
     def advance(self, slot_B: Tensor, context: Decode, reach: int) -> Tensor:
@@ -321,35 +323,41 @@ class Engine:
 class Graphs:
     """Decode steps as CUDA graphs, one for each size of batch (powers of two) and reach.
 
-    Rows that a batch lacks are the slot that nobody owns. Weights must stay where they are, so
-    those that FSDP gathers for a rollout are decoded without graphs (see `Engine`).
+    Rows that a batch lacks are the slot that nobody owns. flash-attn needs no reach. Weights must
+    stay where they are, so those that FSDP gathers for a rollout are decoded without graphs. All
+    share their memory: none is replayed before the last one's codes have been read.
     """
 
-    def __init__(self, engine: Engine):
-        self.engine, self.captured = engine, {}
+    def __init__(self):
+        self.captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self.pool = self.stream = None
 
-    def step(self, slot_B: Tensor, reach: int) -> Tensor:
+    def step(self, engine: Engine, slot_B: Tensor, reach: int) -> Tensor:
         """`Engine.advance` by the graph that fits."""
-        size = 1 << (len(slot_B) - 1).bit_length(), -(-reach // REACH) * REACH
+        reach = engine.capacity if engine.context.flash else -(-reach // REACH) * REACH
+        size = 1 << (len(slot_B) - 1).bit_length(), min(reach, engine.capacity)
         if size not in self.captured:
-            self.captured[size] = self.capture(*size)
+            self.captured[size] = self.capture(engine, *size)
         graph, place, code = self.captured[size]
-        place.fill_(self.engine.spare)
+        place.fill_(engine.spare)
         place[: len(slot_B)] = slot_B
         graph.replay()
         return code[: len(slot_B)]
 
-    def capture(self, batch: int, reach: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+    def capture(
+        self, engine: Engine, batch: int, reach: int
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         """A graph, where it reads slots, and where it writes codes."""
-        engine, stream = self.engine, torch.cuda.Stream()
+        self.stream = self.stream or torch.cuda.Stream()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
         place = torch.full((batch,), engine.spare, device=engine.position.device)
-        context, reach = Decode(engine.cache, place, []), min(reach, engine.capacity)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # once without a graph, so that libraries set themselves up
+        context = Decode(engine.cache, place, [])
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):  # without a graph, so that libraries set themselves up
             engine.advance(place, context, reach)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has a thread
+        torch.cuda.current_stream().wait_stream(self.stream)
+        graph, how = torch.cuda.CUDAGraph(), {"pool": self.pool, "stream": self.stream}
+        with torch.cuda.graph(graph, capture_error_mode="thread_local", **how):  # NCCL has a thread
             code = engine.advance(place, context, reach)
         return graph, place, code
 

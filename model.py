@@ -333,6 +333,7 @@ class TokenLogprobs(torch.autograd.Function):
             chosen_N[s] = logits.gather(-1, target_N[s, None]).squeeze(-1)
             mean = torch.bmm(odds[:, None], logits[:, :, None]).flatten() / norm
             entropy_N[s] = total_N[s] - mean
+            del logits, odds  # or they would be there while the next chunk's are made
         ctx.save_for_backward(hidden_ND, weight_VD, target_N, banned_V, total_N, entropy_N)
         ctx.temperature, ctx.entropy_gradient = temperature, entropy_gradient
         return chosen_N - total_N, entropy_N
@@ -355,6 +356,7 @@ class TokenLogprobs(torch.autograd.Function):
             grad_hidden[s] = linear(slope, weight_VD.t())
             if grad_weight is not None:
                 grad_weight.addmm_(slope.t(), hidden_ND[s])
+            logits = logp = scale = bonus = slope = None
         return grad_hidden, grad_weight, None, None, None, None
 
 

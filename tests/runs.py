@@ -52,6 +52,7 @@ def tiny_runs(tmp_path, monkeypatch):
 
     def make(run="run", **changes):
         values = dict(
+            matmul="mkl",  # not measured anew by each process: runs are compared to the bit
             run=str(tmp_path / run), model=str(tmp_path / "shape.json"), tokenizer="bytes",
             system=str(tmp_path / "system.txt"), profiles=str(tmp_path / "people.jsonl"),
             eval_profiles=str(tmp_path / "people.jsonl"), critic="head", groups=2, group_size=4, max_turns=2,

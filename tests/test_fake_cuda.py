@@ -5,7 +5,7 @@ a GPU, kernels apart. `Gpu` sees every operation. It raises where a tensor on th
 copies from one to the other or fetches a number (then the host waits for the GPU), and counts the bytes that are alive,
 which are held against scripts/plan.py. Collectives move nothing: other ranks are thought to have what this one has.
 
-All this changes torch from within, so it happens in a process of its own; its findings go into FOLDER/found.json:
+All this changes torch from within, so it happens in a process of its own; its findings go into a file of FOLDER:
 
     PYTHONPATH=. python tests/test_fake_cuda.py FOLDER CASE ...
 """

@@ -49,7 +49,8 @@ def test_budgets_of_files_and_lines():
     lines = {path: path.read_text(encoding="utf-8").splitlines() for path in SOURCES.values()}
     top = [path for path in lines if path.parent == ROOT]
     assert len(top) <= 16
-    assert sum(len(lines[path]) for path in top) <= 3700
+    # 3,700 before kernels.py, CUDA graphs, shared prompts and log-probabilities with a gradient of their own.
+    assert sum(len(lines[path]) for path in top) <= 4110
     # 472 of them are the offline user and its ear, which wait for a rewriting of their own.
     assert sum(len(lines[path]) for path in lines if path not in top) <= 1220
     assert {path.name: len(text) for path, text in lines.items() if len(text) > 400} == {}
