@@ -28,6 +28,7 @@ from update import build
 
 KINDS = {
     "ppo-head": dict(eval_every=2),
+    "ppo-onednn": dict(matmul="onednn"),
     "ppo-trunk": dict(critic="trunk", minibatches=2),
     "grpo": dict(algorithm="grpo", kl_coef=0.01),
 }
