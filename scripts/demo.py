@@ -41,7 +41,7 @@ training   {config.steps} steps of {config.groups * config.group_size} dialogues
 benchmark  {people[1]} people never trained on x {config.eval_dialogues} dialogues, {config.eval_max_turns} replies \
 ({config.eval_max_turns - 1} scored), emotion starts at {config.eval_start_emotion:g}
 sampling   temperature {config.temperature:g} in both; seed {config.seed}, benchmark seed {config.eval_seed}
-expect     about a quarter of an hour on two CPU cores""")
+expect     about ten minutes on two CPU cores""")
     out = Path(config.run) / "eval"
     before, after = str(out / "before"), str(out / "after")
     if not (ROOT / before / "result.json").exists():
