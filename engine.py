@@ -36,6 +36,7 @@ except ImportError:
 PREFILL = 4096  # tokens of one prefill batch at most, but for a longer prompt
 BLOCK = 256  # ids whose probabilities are summed before one of them is looked for
 REACH = 256  # a CUDA graph's attention spans a multiple of this
+Captured = tuple[torch.cuda.CUDAGraph, Tensor, Tensor]  # and where it reads slots, writes codes
 LIVE, EOS, LIMIT, NOT_FINITE = range(4)  # what a step says of a row
 
 
@@ -329,7 +330,7 @@ class Graphs:
     """
 
     def __init__(self):
-        self.captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self.captured: dict[tuple[int, int], Captured] = {}
         self.pool = self.stream = None
 
     def step(self, engine: Engine, slot_B: Tensor, reach: int) -> Tensor:
@@ -344,9 +345,7 @@ class Graphs:
         graph.replay()
         return code[: len(slot_B)]
 
-    def capture(
-        self, engine: Engine, batch: int, reach: int
-    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+    def capture(self, engine: Engine, batch: int, reach: int) -> Captured:
         """A graph, where it reads slots, and where it writes codes."""
         self.stream = self.stream or torch.cuda.Stream()
         self.pool = self.pool or torch.cuda.graph_pool_handle()

@@ -86,7 +86,7 @@ IDENTIFIERS = set(re.findall(r"\w+", " ".join(
     if path.suffix in (".py", ".toml", ".txt", ".json") and path.name != "test_house.py"
 )))  # fmt: skip
 OPTIONS = set(Config.__dataclass_fields__)
-OTHER_KEYS = {"out", "export", "nodes", "ntasks", "config"}  # eval.py's own, a shell's, Python's in prose
+OTHER_KEYS = {"out", "rounds", "export", "nodes", "ntasks", "config"}  # eval.py's own, a shell's, Python's in prose
 
 
 def prose(path: Path) -> str:
