@@ -20,7 +20,7 @@ USES = ("generation", "training")
 ROWS = 32  # the batch that packed weights are laid out for; others work as well
 SHAPE, LAYERS = (1536, 576), 16  # of the probe: more weights than a cache holds, as in a model
 PROBE_ROWS = {"generation": (1, 32), "training": (1024,)}
-PROBE_SECONDS = 0.08  # a library and size
+PROBE_SECONDS = 0.06  # a library and size
 MAX_ERROR = 1e-5  # against fp64, relative: more means that products are not computed in fp32
 
 chosen = dict.fromkeys(USES, "mkl")  # what this process uses; set by `use`
@@ -94,6 +94,11 @@ def use(library: str | dict[str, str]) -> str:
 def available() -> bool:
     """Whether this torch has the operators."""
     return hasattr(operators, "_linear_pointwise") and hasattr(operators, "_reorder_linear_weight")
+
+
+def half_is_fast() -> bool:
+    """Whether this CPU multiplies in bf16 by instructions of its own."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 @torch.no_grad()

@@ -67,6 +67,8 @@ def use_kernels(config: Config, begun: Path | None, world: World) -> str:
         if given.keys() != kernels.chosen.keys() or not known:
             raise InputError(f"{path}: names no libraries for matrix products; remove it to measure")
     line = kernels.use(given) if world.main else ""
+    if world.dtype == torch.bfloat16 and world.device.type == "cpu" and not kernels.half_is_fast():
+        line += "\nthis CPU has no bf16 instructions: precision=bf16 is many times slower than fp32"
     line, chosen = world.gather((line, kernels.chosen))[0]  # one measurement for all
     kernels.chosen.update(chosen)
     return line

@@ -10,9 +10,9 @@ pass, one after the other, `rounds` times; medians are shown:
   theirs computes each prompt anew
 - train: log-probabilities of half the tokens of four documents of 330 tokens, and the gradient
 
-Beside them stand shares of what this machine was measured to do: of memory bandwidth for the
-weights that each decode step reads, of the matrix rate for the products that training cannot do
-without. The last line is one JSON object.
+Beside ours stand shares of what this machine was measured to do: of the matrix rate, for products
+that the job cannot do without, and of memory bandwidth, for the weights that each decode step
+reads. The last line is one JSON object.
 """
 
 import json
@@ -35,7 +35,7 @@ from checkpoint import load_model  # noqa: E402
 from engine import Engine  # noqa: E402
 from model import PackedAttention, predictors, token_logprobs  # noqa: E402
 
-PROMPT, NEW = 60, 64
+BATCHES, PROMPT, NEW = (1, 8, 32), 60, 64
 DIALOGUES, TURNS, REPLY, HEARD = 16, 4, 32, 24
 DOCUMENTS, LENGTH = 4, 330
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -150,14 +150,20 @@ def machine(dtype: torch.dtype) -> dict[str, float]:
             "read_gb_s": large.nbytes / min(timed(large.sum) for _ in range(10)) / 1e9}  # fmt: skip
 
 
-def needed(ours: Ours) -> dict[str, float]:
-    """GB of weights that a decode step reads; GFLOP that a forward and backward pass needs."""
-    c, weight = ours.model.config, ours.model.output_weight
+def needed(ours: Ours) -> dict[str, tuple[float, float]]:
+    """GFLOP that each job needs, and GB of weights that its decode steps read (0 for training)."""
+    c, output = ours.model.config, ours.model.output_weight.numel()
     blocks = sum(p.numel() for p in ours.model.model.layers.parameters() if p.dim() == 2)
+    read = (blocks + output) * ours.model.output_weight.element_size() / 1e9
+    found = {f"decode {n}": (2 * (blocks + output) * n * (NEW - 1) / 1e9, read * (NEW - 1))
+             for n in BATCHES}  # fmt: skip
+    prompts = DIALOGUES * (PROMPT + (TURNS - 1) * (HEARD + 1))
+    sampled = DIALOGUES * TURNS * REPLY
+    found["talk"] = 2 * (blocks * (prompts + sampled) + output * sampled) / 1e9, read * TURNS * REPLY
     tokens, trained = DOCUMENTS * LENGTH, DOCUMENTS * (LENGTH - LENGTH // 2)
     scores = c.num_layers * c.num_heads * c.head_dim * DOCUMENTS * LENGTH**2  # causal: half of 2
-    flops = 6 * (blocks * tokens + weight.numel() * trained + scores)
-    return {"read_gb": (blocks + weight.numel()) * weight.element_size() / 1e9, "gflop": flops / 1e9}
+    found["train"] = 6 * (blocks * tokens + output * trained + scores) / 1e9, 0.0
+    return found
 
 
 def main(argv: list[str]) -> None:
@@ -170,26 +176,23 @@ def main(argv: list[str]) -> None:
     can, must = machine(dtype), needed(ours)
     print(f"{name}, {dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads\n{line}")
     print(f"measured: {can['gflops']:.0f} GFLOP/s, reads {can['read_gb_s']:.0f} GB/s\n", flush=True)
-    jobs = {f"decode {n}": (n * (NEW - 1), lambda side, n=n: side.decode(n)) for n in (1, 8, 32)}
+    jobs = {f"decode {n}": (n * (NEW - 1), lambda side, n=n: side.decode(n)) for n in BATCHES}
     jobs["talk"] = DIALOGUES * TURNS * REPLY, lambda side: side.talk()
     jobs["train"] = DOCUMENTS * LENGTH, lambda side: side.train()
     found = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
              "torch": torch.__version__, "transformers": transformers.__version__,
              "kernels": kernels.chosen, "precision": str(dtype), **can, "jobs": {}}  # fmt: skip
-    print("| job | ours, tok/s | transformers, tok/s | ratio | share of the machine |")
-    print("|---|---|---|---|---|")
+    print("| job | ours, tok/s | transformers, tok/s | ratio | of the rate | of the bandwidth |")
+    print("|---|---|---|---|---|---|")
     for job, (tokens, work) in jobs.items():
         pairs = [(work(ours), work(theirs)) for _ in range(rounds + 1)][1:]  # the first warms up
         seconds = [median(side) for side in zip(*pairs)]
-        ratio, share = median(b / a for a, b in pairs), None
-        if job.startswith("decode"):
-            share = must["read_gb"] * (NEW - 1) / seconds[0] / can["read_gb_s"]
-        elif job == "train":
-            share = must["gflop"] / seconds[0] / can["gflops"]
-        what = "" if share is None else f"{share:.0%} of {'rate' if job == 'train' else 'bandwidth'}"
-        rates = [tokens / each for each in seconds]
-        print(f"| {job} | {rates[0]:.1f} | {rates[1]:.1f} | {ratio:.2f} | {what} |", flush=True)
-        found["jobs"][job] = {"ours": rates[0], "theirs": rates[1], "ratio": ratio, "share": share}
+        ratio, rates = median(b / a for a, b in pairs), [tokens / each for each in seconds]
+        rate, bandwidth = (each / seconds[0] for each in must[job])
+        shares = {"rate": rate / can["gflops"], "bandwidth": bandwidth / can["read_gb_s"]}
+        row = [job, *(f"{x:.1f}" for x in rates), f"{ratio:.2f}", *(f"{x:.0%}" for x in shares.values())]
+        print(f"| {' | '.join(row)} |", flush=True)
+        found["jobs"][job] = {"ours": rates[0], "theirs": rates[1], "ratio": ratio, **shares}
     print(json.dumps(found))
 
 

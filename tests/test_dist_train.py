@@ -16,8 +16,11 @@ from runs import metrics, untimed
 from safetensors.torch import load_file
 from test_dist import torchrun
 
+import kernels
 from checkpoint import checkpoints, load_model
-from config import load_config
+from config import Config, load_config
+from dist import World
+from rundir import use_kernels
 
 LEARNT = ["reward/mean", "policy/loss", "policy/entropy", "policy/grad_norm", "value/loss", "value/explained_variance"]
 SMALL = ["max_turns=2", "eval_every=0", "save_every=2", "steps=4", "critic=trunk", "keep=9"]
@@ -118,3 +121,25 @@ def test_a_mistake_is_one_line_whatever_the_number_of_ranks(tmp_path):
     assert done.returncode != 0
     assert done.stderr.count("option 'shard' (3) must divide the number of ranks (2)") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_one_process_on_a_cpu_computes_in_bf16_as_a_gpu_does_and_resumes_to_the_bit(tmp_path):
+    """By the same code: FSDP2 with one rank, whose weights, gradient sums and Adam stay fp32."""
+    for name, *parts in (("straight", "steps=2"), ("halved", "steps=1", "steps=2")):
+        for steps in parts:
+            options = "precision=bf16", "save_every=1", "critic=head", "matmul=onednn", steps
+            command = arguments(tmp_path / name, *options)
+            done = subprocess.run([sys.executable, "train.py", *command], cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0 and "torch.bfloat16" in done.stdout, done.stderr
+    one, other = (tensors(tmp_path / name, 2) for name in ("straight", "halved"))
+    assert one.keys() == other.keys() and {t.dtype for t in one.values() if t.is_floating_point()} == {torch.float32}
+    assert all(torch.equal(one[name], other[name]) for name in one if name[1] != "rng")
+    gaps = [row["rollout/sampler_gap"] for row in metrics(load_config(arguments(tmp_path / "straight")))]
+    assert len(gaps) == 2 and all(1e-5 < gap < 0.02 for gap in gaps)  # fp32 would be nearer
+
+
+def test_a_cpu_without_bf16_instructions_is_told_so(monkeypatch):
+    world = World(dtype=torch.bfloat16)
+    for fast in (True, False):
+        monkeypatch.setattr(kernels, "half_is_fast", lambda fast=fast: fast)
+        assert ("many times slower" in use_kernels(Config(), None, world)) != fast
