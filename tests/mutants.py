@@ -17,14 +17,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("RLVER_DATA", str(ROOT.parent / "shared" / "data"))  # the copy lies elsewhere
+PATIENCE = 200  # seconds
 LEFT_OUT = shutil.ignore_patterns(".venv*", ".git", "models", "runs", "__pycache__", ".pytest_cache", ".hypothesis")
 
 
 def passes(folder: Path, test: str) -> bool:
-    """Whether the test is green in that copy. Raises RuntimeError where it was not run at all."""
+    """Whether the test is green in that copy, within PATIENCE. Raises RuntimeError where it was not run at all."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     command.append(f"tests/{test.removeprefix('tests/')}")
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:  # a mutant may go round for ever
+        return False
     if done.returncode not in (0, 1):
         raise RuntimeError(f"{test}: pytest exited with {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return done.returncode == 0
