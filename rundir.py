@@ -60,12 +60,14 @@ def use_kernels(config: Config, begun: Path | None, world: World) -> str:
 
     Resuming to the bit needs the kernels that the run has had. Raises InputError if its file is bad.
     """
-    given, path = config.matmul, begun / KERNELS if begun else None
-    if given == "auto" and path and path.is_file():
-        given = read_json(path)
+    if world.device.type == "cuda":
+        return "matrix products: cuBLAS"
+    given, path = config.matmul, (begun or Path()) / KERNELS
+    if given == "auto" and begun:  # runs from before there was a choice have no file
+        given = read_json(path) if path.is_file() else dict.fromkeys(kernels.USES, "mkl")
         known = set(given.values()) <= set(kernels.LIBRARIES)
         if given.keys() != kernels.chosen.keys() or not known:
-            raise InputError(f"{path}: names no libraries for matrix products; remove it to measure")
+            raise InputError(f"{path}: names no libraries for matrix products; without it: mkl")
     line = kernels.use(given) if world.main else ""
     if world.dtype == torch.bfloat16 and world.device.type == "cpu" and not kernels.half_is_fast():
         line += "\nthis CPU has no bf16 instructions: precision=bf16 is many times slower than fp32"

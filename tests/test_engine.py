@@ -160,6 +160,16 @@ def test_a_prompt_is_copied_from_a_slot_that_is_itself_being_written():
         assert_same(rows[slot], alone(model, prompt))
 
 
+def test_nothing_is_copied_from_a_slot_that_begins_otherwise():
+    """It agrees with the prompt from where this row's own slot ends, but stands behind other ids."""
+    model, middle = tiny_model(), random_ids(20, seed=3)
+    engine = engine_of(model)
+    ask(engine, {0: [1, 2, 3], 1: [9, 2, 3, *middle]}, cap=1)
+    before, prompt = engine.tokens_prefilled, [1, 2, 3, *middle, 4]
+    assert_same(ask(engine, {0: prompt})[0], alone(model, prompt))
+    assert engine.tokens_prefilled - before == 21
+
+
 @pytest.mark.parametrize("slots", [[0, 1, 2, 3], [1, 2, 4], [0, 7], [5], [6, 2, 3]])
 def test_rows_that_lie_anywhere_in_the_cache_equal_each_row_alone(slots):
     """Next to each other, with holes, and so far apart that they are copied out; over other rows' remains."""

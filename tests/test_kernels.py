@@ -164,6 +164,8 @@ def test_a_run_keeps_its_kernels_unless_others_are_asked_for(tmp_path, monkeypat
     (tmp_path / "kernels.json").write_text(json.dumps({"generation": "onednn", "training": "mkl"}))
     line = use_kernels(Config(), tmp_path, World())
     assert kernels.chosen == {"generation": "onednn", "training": "mkl"} and "as the run was begun" in line
+    assert "as the run was begun" in use_kernels(Config(), tmp_path / "older", World())
+    assert set(kernels.chosen.values()) == {"mkl"}
     use_kernels(Config(matmul="mkl"), tmp_path, World())
     assert kernels.chosen == {"generation": "mkl", "training": "mkl"}
     for bad in ('{"generation": "onednn"}', '{"generation": "onednn", "training": "blas"}'):
