@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -214,6 +215,8 @@ def main() -> None:
         mine = options.side == "ours"
         print(json.dumps(ours(options.micro_tokens) if mine else theirs(options.their_batch)))
         return
+    if not find_spec("trl"):
+        sys.exit("TRL is not installed here; see the first lines of this file")
     load, found = os.getloadavg()[0], {"ours": [], "trl": []}
     for _ in range(options.rounds):
         for side, reports in found.items():
