@@ -104,6 +104,7 @@ def shard(model: Transformer, world: World) -> None:
         fully_shard(block, mesh=world.mesh, mp_policy=mixed)
     # The root stays whole until backward, since log-probs use the output weight outside forward.
     fully_shard(model, mesh=world.mesh, mp_policy=mixed, reshard_after_forward=False)
+    model.sharded_type = world.dtype
 
 
 @contextmanager

@@ -17,6 +17,7 @@ Shape suffixes: S slots, C capacity, B rows of a batch; V, D, G, H, K as in mode
 
 import math
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import numpy
 import torch
@@ -37,6 +38,7 @@ PREFILL = 4096  # tokens of one prefill batch at most, but for a longer prompt
 BLOCK = 256  # ids whose probabilities are summed before one of them is looked for
 REACH = 256  # a CUDA graph's attention spans a multiple of this
 Captured = tuple[torch.cuda.CUDAGraph, Tensor, Tensor]  # and where it reads slots, writes codes
+by_slot = attrgetter("slot")
 LIVE, EOS, LIMIT, NOT_FINITE = range(4)  # what a step says of a row
 
 
@@ -46,12 +48,13 @@ def uniforms(key: tuple[int, ...], count: int) -> Tensor:
     return torch.from_numpy(((bits >> 12) + 0.5) / (1 << 52))
 
 
-class KVCache:
-    """Keys and values [layers, slots, G, capacity, K]. Attention contexts know what is valid."""
+@dataclass(frozen=True)
+class Sampling:
+    """What is sampled and how; temperature 0 is greedy, with the log-probs of temperature 1."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+    banned_V: Tensor
+    stop_ids: tuple[int, ...] = ()
+    temperature: float = 1.0
 
 
 @dataclass
@@ -84,23 +87,26 @@ class Span:
 
 
 class Prefill:
-    """Attention context for ragged prefill: each span's new tokens see all before them."""
+    """Attention context for ragged prefill: each span's new tokens see all before them.
 
-    def __init__(self, cache: KVCache, spans: list[Span]):
+    The cache [2, layers, slots, G, capacity, K] holds keys and values; contexts know what is valid.
+    """
+
+    def __init__(self, cache: Tensor, spans: list[Span]):
         self.cache, self.spans = cache, spans
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out, begin = torch.empty_like(q), 0
         for s in self.spans:  # in order: a donor may have got its keys a moment ago
             piece, copied = slice(begin, begin + s.stop - s.start), slice(s.own, s.start)
-            for cached, new in ((self.cache.k[layer], k), (self.cache.v[layer], v)):
+            for cached, new in zip(self.cache[:, layer], (k, v)):
                 if s.start > s.own:
                     cached[s.slot, :, copied] = cached[s.donor, :, copied]
                 cached[s.slot, :, s.start : s.stop] = new[piece].transpose(0, 1)
             # is_causal aligns its triangle to the top left: that is wrong behind a filled cache.
             position = torch.arange(s.stop, device=q.device)
             mask = position[None, :] <= position[s.start :, None]  # [new, stop]
-            held = (x[layer, s.slot, :, : s.stop][None] for x in (self.cache.k, self.cache.v))
+            held = self.cache[:, layer, None, s.slot, :, : s.stop]  # [2, 1, G, stop, K]
             query = q[piece].transpose(0, 1)[None]
             attended = F.scaled_dot_product_attention(query, *held, mask, enable_gqa=True)
             out[piece] = attended[0].transpose(0, 1)
@@ -116,14 +122,14 @@ class Decode:
     (always where `slots` is empty, for a graph whose rows change).
     """
 
-    def __init__(self, cache: KVCache, slot_B: Tensor, slots: list[int]):
+    def __init__(self, cache: Tensor, slot_B: Tensor, slots: list[int]):
         self.cache, self.slot, self.read, self.place = cache, slot_B, slot_B, None
         low, high = min(slots, default=0), max(slots, default=0) + 1
         if high - low < 2 * len(slots):
             self.read = slice(low, high)
             if high - low > len(slots):
                 self.place, self.count = slot_B - low, high - low
-        half = cache.k.is_cuda and cache.k.dtype != torch.float32
+        half = cache.is_cuda and cache.dtype != torch.float32
         self.flash = flash_attn_with_kvcache if half else None
 
     def at(self, position_B: Tensor, reach: int) -> "Decode":
@@ -132,7 +138,7 @@ class Decode:
         if self.flash:
             return self
         unseen = torch.arange(reach, device=position_B.device) > self.spread(position_B)[:, None]
-        mask = torch.zeros(unseen.shape, dtype=self.cache.k.dtype, device=position_B.device)
+        mask = torch.zeros(unseen.shape, dtype=self.cache.dtype, device=position_B.device)
         self.mask = mask.masked_fill_(unseen, -math.inf)[:, None, None, :]  # [B, 1, 1, reach]
         return self
 
@@ -143,7 +149,7 @@ class Decode:
         return x_B.new_zeros(self.count, *x_B.shape[1:]).index_copy_(0, self.place, x_B)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self.cache.k[layer], self.cache.v[layer]  # [slots, G, capacity, K]
+        keys, values = self.cache[:, layer]  # [slots, G, capacity, K] each
         if self.flash:
             before, slots = self.position.int(), self.slot.int()
             kv = keys.transpose(1, 2), values.transpose(1, 2), k[:, None], v[:, None]
@@ -159,24 +165,21 @@ class Decode:
 class Engine:
     """Batched sampling from one model: `slots` dialogues at a time, of at most `capacity` tokens.
 
-    temperature 0 is greedy, with the log-probabilities of temperature 1. With a `value_head` an id
-    also gets the critic's value of the state before it. Call `forget` whenever the weights change.
+    With a `value_head` an id also gets the critic's value of the state before it. Call `forget`
+    whenever the weights change.
     """
 
-    def __init__(
-        self, model: Transformer, banned_V: Tensor, stop_ids: tuple[int, ...], slots: int,
-        capacity: int, temperature: float, value_head: ValueHead | None = None,
-        dtype: torch.dtype | None = None,
-    ):  # fmt: skip
-        c, weight = model.config, model.output_weight
-        device, whole = weight.device, not any(isinstance(m, FSDPModule) for m in model.modules())
-        self.model, self.value_head, self.banned = model, value_head, banned_V.to(device)
-        self.capacity, self.temperature = capacity, temperature
-        self.stop_ids = torch.tensor(stop_ids, dtype=torch.long, device=device)
-        graphs, self.spare = whole and device.type == "cuda", slots
+    def __init__(self, model: Transformer, sampling: Sampling, slots: int, capacity: int,
+                 value_head: ValueHead | None = None):  # fmt: skip
+        c, device = model.config, model.output_weight.device
+        self.model, self.value_head, self.capacity = model, value_head, capacity
+        self.banned, self.temperature = sampling.banned_V.to(device), sampling.temperature
+        self.stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.long, device=device)
+        graphs, self.spare = device.type == "cuda" and not isinstance(model, FSDPModule), slots
         size = slots + graphs  # one more, which nobody owns, fills up a graph's batch
-        shape = (c.num_layers, size, c.num_kv_heads, capacity, c.head_dim)
-        self.cache = KVCache(shape, dtype or weight.dtype, device)
+        shape = (2, c.num_layers, size, c.num_kv_heads, capacity, c.head_dim)
+        kind = model.sharded_type or model.output_weight.dtype
+        self.cache = torch.zeros(shape, dtype=kind, device=device)
         self.position = torch.zeros(size, dtype=torch.long, device=device)  # of the last sampled id
         self.limit = torch.full_like(self.position, capacity - 1)  # its last position
         self.ids = torch.zeros(size, capacity, dtype=torch.long, device=device)
@@ -196,8 +199,7 @@ class Engine:
 
     def forget(self) -> None:
         """Drop all rows, keys, values and packed weights: they belong to weights that are gone."""
-        self.cache.k.zero_()  # a NaN left behind would survive its mask: 0 x NaN is NaN
-        self.cache.v.zero_()
+        self.cache.zero_()  # a NaN left behind would survive its mask: 0 x NaN is NaN
         self.held = [[] for _ in self.held]
         self.waiting, self.live = [], []
         self.model.pack(False)
@@ -361,10 +363,6 @@ class Graphs:
         return graph, place, code
 
 
-def by_slot(row: Row) -> int:
-    return row.slot
-
-
 def common(held: list[int], prompt: list[int], begin: int) -> int:
     """The length of two lists' common beginning, or 0 where it is not longer than `begin`."""
     if held[begin : begin + 1] != prompt[begin : begin + 1] or held[:begin] != prompt[:begin]:
@@ -377,7 +375,7 @@ def block_sums(odds_BV: Tensor) -> Tensor:
     """Sums over blocks of ids [B, blocks], fp64."""
     blocks = odds_BV.shape[1] // BLOCK
     whole, rest = odds_BV.tensor_split([blocks * BLOCK], dim=1)
-    sums = whole.reshape(-1, blocks, BLOCK).sum(-1, dtype=torch.float64) if blocks else whole.double()
+    sums = whole.reshape(len(odds_BV), blocks, BLOCK).sum(-1, dtype=torch.float64)
     return torch.cat([sums, rest.double().sum(-1, keepdim=True)], dim=-1)
 
 

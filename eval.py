@@ -63,7 +63,7 @@ def evaluate(
     mine = range(world.rank, len(profiles), world.size)
     numbers = [(i, j) for i in mine for j in range(config.eval_dialogues)]
     own = replace(config, temperature=config.eval_temperature)
-    engine, spent = make_engine(own, model, chat, len(numbers), dtype=world.dtype), (Counter(), [])
+    engine, spent = make_engine(own, model, chat, len(numbers)), (Counter(), [])
     seeds = range(config.eval_seed, config.eval_seed + config.seeds)
     total = len(seeds) * len(numbers) * talk.max_turns
     with tqdm(total=total, initial=len(rows) * talk.max_turns, desc="evaluation", unit="reply",

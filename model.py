@@ -219,6 +219,7 @@ class Transformer(nn.Module):
         self.lm_head = None if c.tied else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         self.packed_output: Packed | None = None
         self.checkpointing = False
+        self.sharded_type: torch.dtype | None = None  # of forward, where FSDP casts the weights
 
     @property
     def output_weight(self) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from chat import Chat, Reply, banned_ids, system_prompt
 from config import Config
-from engine import Engine, Row
+from engine import Engine, Row, Sampling
 from model import PackedAttention, Transformer, ValueHead, predictors
 from simulator import EXCLUDED, Failed, Key, Profile, User, UserTurn, band, hash_key
 
@@ -107,14 +107,12 @@ def make_talk(config: Config, training: bool) -> Talk:
     )  # fmt: skip
 
 
-def make_engine(
-    config: Config, model: Transformer, chat: Chat, dialogues: int,
-    value_head: ValueHead | None = None, dtype: torch.dtype | None = None,
-) -> Engine:  # fmt: skip
+def make_engine(config: Config, model: Transformer, chat: Chat, dialogues: int,
+                value_head: ValueHead | None = None) -> Engine:  # fmt: skip
     """An engine for this model with no more slots than there are dialogues."""
     banned = banned_ids(chat.tokenizer, model.config.vocab_size, (chat.end,))
-    size = max(1, min(config.slots, dialogues)), config.context_tokens  # slots, tokens in each
-    return Engine(model, banned, (chat.end,), *size, config.temperature, value_head, dtype=dtype)
+    sampling, slots = Sampling(banned, (chat.end,), config.temperature), min(config.slots, dialogues)
+    return Engine(model, sampling, max(1, slots), config.context_tokens, value_head)
 
 
 @dataclass(frozen=True)

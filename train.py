@@ -306,7 +306,7 @@ def train(config: Config, user: User | None = None) -> Path:
             run.say(describe_world(config, state, world))
     count = -(-config.groups // world.size) * config.group_size
     head = None if state.critic else state.value_head
-    engine = make_engine(config, state.sampler or state.policy, chat, count, head, world.dtype)
+    engine = make_engine(config, state.sampler or state.policy, chat, count, head)
     here = checkpoint and checkpoint.resolve().parent == (folder / "ckpt").resolve()
     saved = state.step if here else -1
     with lock or nullcontext(), run.interrupts, run.board or nullcontext():

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from chat import Reply  # noqa: E402
 from config import Config  # noqa: E402
 from dist import World  # noqa: E402
-from engine import Engine  # noqa: E402
+from engine import Engine, Sampling  # noqa: E402
 from rollout import Dialogue, Turn  # noqa: E402
 from scripts.plan import memory, model_shape, peak  # noqa: E402
 from simulator import Profile, UserTurn  # noqa: E402
@@ -82,7 +82,7 @@ def walk(config: Config) -> None:
     banned = torch.zeros(vocab, dtype=torch.bool)
     dialogues = [dialogue(member, vocab) for member in range(config.group_size)]
     slots = min(config.slots, config.group_size)
-    engine = Engine(state.policy, banned, (), slots, config.context_tokens, 1.0)
+    engine = Engine(state.policy, Sampling(banned), slots, config.context_tokens)
     engine.forget()  # touches the whole cache: memory that is only asked for is not resident
     for slot in range(slots):
         engine.submit(slot, dialogues[slot].turns[0].prompt_ids, (slot,), 3)

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import kernels  # noqa: E402
 from chat import banned_ids, load_tokenizer, make_chat  # noqa: E402
 from checkpoint import load_model  # noqa: E402
-from engine import Engine  # noqa: E402
+from engine import Engine, Sampling  # noqa: E402
 from model import PackedAttention, predictors, token_logprobs  # noqa: E402
 
 BATCHES, PROMPT, NEW = (1, 8, 32), 60, 64
@@ -63,7 +63,7 @@ class Ours:
 
     def decode(self, batch: int) -> float:
         """Seconds of NEW - 1 decode steps. There is no stop id: every row runs to the end."""
-        engine = Engine(self.model, self.banned, (), batch, PROMPT + NEW, 1.0)
+        engine = Engine(self.model, Sampling(self.banned), batch, PROMPT + NEW)
         for slot, prompt in enumerate(random_ids(batch, PROMPT, batch).tolist()):
             engine.submit(slot, prompt, (slot,), NEW)
         engine.step()
@@ -78,7 +78,7 @@ class Ours:
         """Seconds of all dialogues; weights are packed within them, as in a run's rollout."""
         size = PROMPT + TURNS * (REPLY + HEARD)
         prompts, begun = random_ids(DIALOGUES, PROMPT, 0).tolist(), time.perf_counter()
-        engine = Engine(self.model, self.banned, (), DIALOGUES, size, 1.0)
+        engine = Engine(self.model, Sampling(self.banned), DIALOGUES, size)
         for turn in range(TURNS):
             for slot, prompt in enumerate(prompts):
                 engine.submit(slot, prompt, (turn, slot), REPLY)

@@ -129,7 +129,7 @@ def block_activations(c: ModelConfig, width: int, flash: bool, lora: Config | No
 
 
 def cache_bytes(c: ModelConfig, slots: int, capacity: int, width: int) -> int:
-    """A KV cache (engine.KVCache): keys and values of every layer, slot and position."""
+    """A KV cache (engine.py): keys and values of every layer, slot and position."""
     return 2 * c.num_layers * slots * c.num_kv_heads * capacity * c.head_dim * width
 
 

@@ -10,7 +10,7 @@ import torch
 import kernels
 from chat import banned_ids, load_tokenizer, make_chat
 from checkpoint import init_weights
-from engine import Engine
+from engine import Engine, Sampling
 from model import PackedAttention, Transformer
 from rollout import Job, Stage, Talk
 from simulator import Appraisal, EmotionRules, Failed, Profile, UserTurn
@@ -145,7 +145,7 @@ def make_engine(
     if letters:
         banned[:] = True
         banned[[chat.end, *chat.text(letters)]] = False
-    return Engine(model or tiny_model(), banned, (chat.end,), slots, capacity, temperature, value_head)
+    return Engine(model or tiny_model(), Sampling(banned, (chat.end,), temperature), slots, capacity, value_head)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from chat import banned_ids  # noqa: E402
 from checkpoint import save_model  # noqa: E402
 from config import Config  # noqa: E402
 from dist import World, close, gathered, local, make_replica, refill, rows, start, whole  # noqa: E402
-from engine import Engine  # noqa: E402
+from engine import Engine, Sampling  # noqa: E402
 from model import PackedAttention  # noqa: E402
 from update import build, update  # noqa: E402
 
@@ -75,7 +75,7 @@ def job_generation(folder: Path) -> None:
     world = start(config)
     state = build(config, world)
     disturb(state)
-    engine = Engine(state.policy, banned, (), 2, 64, 1.0, dtype=world.dtype)
+    engine = Engine(state.policy, Sampling(banned), 2, 64)
     found = []
     for _ in range(2):
         with gathered(state.policy, world):

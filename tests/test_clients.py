@@ -523,7 +523,7 @@ def test_a_local_user_may_compute_in_bf16(tiny, folder):
     config = tiny(user="local", user_model=str(folder.parent / "user"), user_tokens=4, user_context=400,
                   user_dtype="bf16", prompts=str(folder))  # fmt: skip
     client = users.make_client(config)
-    assert client.engine.cache.k.dtype == client.engine.model.output_weight.dtype == torch.bfloat16
+    assert client.engine.cache.dtype == client.engine.model.output_weight.dtype == torch.bfloat16
     assert ask(client, call())[0].text is not None
 
 

@@ -8,7 +8,7 @@ import torch
 from conftest import hidden_states, random_ids, tiny_model
 
 import engine as engine_module
-from engine import Decode, Engine, KVCache, Prefill, Span, block_sums, inverse_cdf, uniforms
+from engine import Decode, Engine, Prefill, Sampling, Span, block_sums, inverse_cdf, uniforms
 from model import ValueHead, predictors, token_logprobs
 from simulator import hash_key
 
@@ -21,7 +21,7 @@ STOP = 256
 
 
 def engine_of(model, slots=4, capacity=128, temperature=1.0, stop=(STOP,), banned=BANNED, **options):
-    return Engine(model, banned, stop, slots, capacity, temperature, **options)
+    return Engine(model, Sampling(banned, stop, temperature), slots, capacity, **options)
 
 
 def finish(engine):
@@ -59,7 +59,7 @@ def test_full_forward_equals_chunked_prefill_equals_decode(family):
 
     def in_chunks(sizes, context):
         """Hidden states of `ids`, brought to slot 2 of a cache in chunks."""
-        cache, parts, begin = KVCache((c.num_layers, 3, c.num_kv_heads, 50, c.head_dim), torch.float32, "cpu"), [], 0
+        cache, parts, begin = torch.zeros(2, c.num_layers, 3, c.num_kv_heads, 50, c.head_dim), [], 0
         for size in sizes:
             tokens, position = torch.tensor(ids[begin : begin + size]), torch.arange(begin, begin + size)
             parts.append(model(tokens, position, context(cache, begin, size)))
@@ -82,7 +82,7 @@ def test_full_forward_equals_chunked_prefill_equals_decode(family):
 def test_ragged_prefill_and_ragged_decode_equal_each_row_alone(family):
     model, documents = tiny_model(family), [random_ids(n, seed=n) for n in (25, 9, 38)]
     c, slots, begins, counts = model.config, [3, 0, 1], [10, 0, 31], [14, 8, 6]
-    cache = KVCache((c.num_layers, 4, c.num_kv_heads, 50, c.head_dim), torch.float32, "cpu")
+    cache = torch.zeros(2, c.num_layers, 4, c.num_kv_heads, 50, c.head_dim)
 
     def pick(begins, counts):
         tokens = torch.tensor([t for ids, b, n in zip(documents, begins, counts) for t in ids[b : b + n]])

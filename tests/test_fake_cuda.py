@@ -264,7 +264,7 @@ def decode(case: str, gpu: Gpu, folder: Path) -> dict:
         if case == "stray":
             head.forward = lambda hidden: hidden[:, 0].float() + torch.zeros(len(hidden))
         banned, stop = torch.zeros(raw["vocab_size"], dtype=torch.bool), (256,)
-        eng = engine.Engine(model, banned, stop, 8, 64, 0.7, head)
+        eng = engine.Engine(model, engine.Sampling(banned, stop, 0.7), 8, 64, head)
         for slot in range(3):
             eng.submit(slot, [1, 2, 3 + slot], (slot,), 5)
         eng.step()

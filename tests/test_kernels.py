@@ -12,7 +12,7 @@ import kernels
 from checkpoint import load_model
 from config import Config, InputError
 from dist import World
-from engine import Engine
+from engine import Engine, Sampling
 from model import add_adapters
 from rundir import use_kernels
 
@@ -63,7 +63,7 @@ def test_packed_layers_give_what_each_gives_alone(rows):
 
 
 def rows_of(model, adapter=False):
-    engine = Engine(model, BANNED, (256,), 4, 128, 1.0)
+    engine = Engine(model, Sampling(BANNED, (256,)), 4, 128)
     for slot in range(4):
         engine.submit(slot, random_ids(10 + slot, seed=slot), (slot,), 20)
     rows = []

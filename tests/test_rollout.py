@@ -399,7 +399,7 @@ def test_a_rollout_leaves_nothing_in_the_engine(chat):
     kernels.use("onednn" if kernels.available() else "mkl")
     engine = make_engine(chat)
     run_dialogues(make_jobs(1, 2), engine, chat, ScriptedUser(), make_talk(), (1,))
-    assert engine.held == [[]] * len(engine.held) and not engine.cache.k.any() and engine.model.packed_output is None
+    assert engine.held == [[]] * len(engine.held) and not engine.cache.any() and engine.model.packed_output is None
     stage = Stage(engine, chat, ScriptedUser(), make_talk())
 
     def stop():

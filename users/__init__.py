@@ -14,7 +14,7 @@ from chat import banned_ids, load_tokenizer, make_chat
 from checkpoint import load_model
 from config import Config
 from dist import compute_type, pick_device
-from engine import Engine
+from engine import Engine, Sampling
 from simulator import EmotionRules, User
 from users.clients import Endpoint, Local, Record
 from users.llm_user import LLMUser
@@ -62,5 +62,6 @@ def connect(config: Config) -> Endpoint | Local:
     model = load_model(config.user_model, config.seed, device, lambda model: model.to(dtype))
     banned = banned_ids(chat.tokenizer, model.config.vocab_size, (chat.end,))
     slots = config.user_concurrency * (1 if config.one_call else 2)  # one for each hop
-    engine = Engine(model, banned, (chat.end,), slots, config.user_context, config.user_temperature)
+    sampling = Sampling(banned, (chat.end,), config.user_temperature)
+    engine = Engine(model, sampling, slots, config.user_context)
     return Local(engine, chat, config.user_tokens, config.user_concurrency)
