@@ -8,19 +8,19 @@ Training multiplies by the weights as they are. Generation multiplies few rows b
 many times, so it packs them: layers that read the same input side by side, in oneDNN's own layout.
 """
 
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 LIBRARIES = ("mkl", "onednn")
 USES = ("generation", "training")
 ROWS = 32  # the batch that packed weights are laid out for; others work as well
 SHAPE, LAYERS = (1536, 576), 16  # of the probe: more weights than a cache holds, as in a model
-PROBE_ROWS = {"generation": (1, 32), "training": (1024,)}
-PROBE_SECONDS = 0.06  # a library and size
+PROBE_SECONDS = 0.06  # a library and number of rows
 MAX_ERROR = 1e-5  # against fp64, relative: more means that products are not computed in fp32
 
 chosen = dict.fromkeys(USES, "mkl")  # what this process uses; set by `use`
@@ -57,7 +57,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Packed:
-    """Layers [out_i, in] that read the same input as one product in oneDNN's layout; no gradient."""
+    """Layers [out_i, in] of the same input as one product in oneDNN's layout; no gradient."""
 
     def __init__(self, weights: list[Tensor], biases: list[Tensor | None]):
         self.widths = [len(weight) for weight in weights]
@@ -79,14 +79,13 @@ def use(library: str | dict[str, str]) -> str:
 
     Returns a line that says what is used and why.
     """
-    if library == "auto" and available():
-        found, why = probe()
-    elif isinstance(library, dict):
-        found, why = library, "as the run was begun"
-    else:
-        found, why = dict.fromkeys(USES, library), "as asked"
-    if not available() and library != "mkl":
+    found, why = library, "as the run was begun"
+    if not available():
         found, why = dict.fromkeys(USES, "mkl"), "this torch has no oneDNN operators"
+    elif library == "auto":
+        found, why = probe()
+    elif isinstance(library, str):
+        found, why = dict.fromkeys(USES, library), "as asked"
     chosen.update(found)
     return f"matrix products: {', '.join(f'{chosen[use]} in {use}' for use in USES)} ({why})"
 
@@ -106,33 +105,23 @@ def probe() -> tuple[dict[str, str], str]:
     """The faster library for each use, and the measurement in words; takes half a second or so."""
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(SHAPE, generator=generator) for _ in range(LAYERS)]
-    packed = [Packed([weight], [None]) for weight in weights]
+    plain = [partial(F.linear, weight=weight) for weight in weights]
+    ways = {"generation": (plain, [Packed([weight], [None]) for weight in weights], (1, 32)),
+            "training": (plain[:1], [lambda x: (product(x, weights[0]),)], (1024,))}  # fmt: skip
     found, words = {}, []
-    for what, sizes in PROBE_ROWS.items():
-        mkl, onednn, error = 0.0, 0.0, 0.0
-        for rows in sizes:
-            x = torch.randn(rows, SHAPE[1], generator=generator)
-            if what == "generation":
-                mkl += seconds(lambda x: [F.linear(x, weight) for weight in weights], x)
-                onednn += seconds(lambda x: [layers(x) for layers in packed], x)
-                result = packed[0](x)[0]
-            else:
-                mkl += seconds(lambda x: F.linear(x, weights[0]), x)
-                onednn += seconds(lambda x: product(x, weights[0]), x)
-                result = product(x, weights[0])
-            exact = F.linear(x.double(), weights[0].double())
-            error = max(error, float((result - exact).norm() / exact.norm()))
-        found[what] = "onednn" if onednn < mkl and error < MAX_ERROR else "mkl"
-        words.append(f"{what} {mkl / onednn:.1f}x" + f", error {error:.0e}" * (error >= MAX_ERROR))
+    for what, (mkl, onednn, sizes) in ways.items():
+        inputs = [torch.randn(rows, SHAPE[1], generator=generator) for rows in sizes]
+        exact = [F.linear(x.double(), weights[0].double()) for x in inputs]
+        gaps = [(onednn[0](x)[0] - y).norm() / y.norm() for x, y in zip(inputs, exact)]
+        error, ratio = float(max(gaps)), sum(seconds(mkl, x) / seconds(onednn, x) for x in inputs)
+        ratio /= len(inputs)
+        found[what] = "onednn" if ratio > 1 and error < MAX_ERROR else "mkl"
+        words.append(f"{what} {ratio:.1f}x" + f", error {error:.0e}" * (error >= MAX_ERROR))
     return found, f"onednn against mkl: {', '.join(words)}"
 
 
-def seconds(work: Callable[[Tensor], object], x: Tensor) -> float:
-    """The fastest of the calls that fit into the probe's time, after one that is not counted."""
-    work(x)
-    best, end = float("inf"), time.perf_counter() + PROBE_SECONDS
-    while time.perf_counter() < end:
-        begun = time.perf_counter()
-        work(x)
-        best = min(best, time.perf_counter() - begun)
-    return best
+def seconds(products: list[Callable[[Tensor], object]], x: Tensor) -> float:
+    """The least time in which all of these were done, one after the other."""
+    known, threads = {"products": products, "x": x}, torch.get_num_threads()
+    timer = Timer("for product in products: product(x)", globals=known, num_threads=threads)
+    return min(timer.blocked_autorange(min_run_time=PROBE_SECONDS).times)

@@ -375,13 +375,14 @@ def token_logprobs(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, banne
     Banned ids have probability zero, as in the sampler. Logits [N, V] never exist as a whole. The
     entropies have a gradient only if asked, since it costs a pass over the vocabulary.
     """
-    return TokenLogprobs.apply(hidden_ND, weight_VD, target_N, banned_V, temperature, entropy_gradient)
+    how = banned_V, temperature, entropy_gradient
+    return TokenLogprobs.apply(hidden_ND, weight_VD, target_N, *how)
 
 
 def sampling_logits(
     hidden_ND: Tensor, output: Tensor | Packed, banned_V: Tensor, temperature: float
 ) -> Tensor:
-    """fp32 logits [N, V] to sample from and train on: over the temperature, banned ids at BANNED."""
+    """fp32 logits [N, V] to sample from and train on, over the temperature; banned ids: BANNED."""
     product = output(hidden_ND)[0] if isinstance(output, Packed) else linear(hidden_ND, output)
     logits = product.float().masked_fill_(banned_V, BANNED)
     return logits.div_(temperature) if temperature != 1 else logits

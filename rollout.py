@@ -111,8 +111,9 @@ def make_engine(config: Config, model: Transformer, chat: Chat, dialogues: int,
                 value_head: ValueHead | None = None) -> Engine:  # fmt: skip
     """An engine for this model with no more slots than there are dialogues."""
     banned = banned_ids(chat.tokenizer, model.config.vocab_size, (chat.end,))
-    sampling, slots = Sampling(banned, (chat.end,), config.temperature), min(config.slots, dialogues)
-    return Engine(model, sampling, max(1, slots), config.context_tokens, value_head)
+    sampling = Sampling(banned, (chat.end,), config.temperature)
+    slots = max(1, min(config.slots, dialogues))
+    return Engine(model, sampling, slots, config.context_tokens, value_head)
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ WORD = (1 << 64) - 1
 
 
 def hash_key(*key: int) -> int:
-    """64 well-mixed bits of a tuple of integers (splitmix64 steps)."""
+    """64 well-mixed bits of a tuple of integers (splitmix64 steps); the last may be an array."""
     state = 0
     for part in key:
         state = (state ^ (part & WORD)) + 0x9E3779B97F4A7C15 & WORD

@@ -30,6 +30,7 @@ import torch
 import torch.testing._internal.distributed.fake_pg  # noqa: F401, the backend "fake"
 from conftest import tiny_raw
 from ranks import tiny_banned
+from torch import library as extension
 from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
@@ -197,9 +198,9 @@ def pretend_cuda(gpu: Gpu) -> list:
     hooks.value = ctypes.addressof(answers)
     assert torch.accelerator.current_accelerator().type == "cuda"
     # Without a CUDA kernel this one would be many operations, which need more memory.
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("silu_backward", lambda *args: None, "CUDA")
-    return [no, yes, methods, guard, answers, library]
+    kernels = extension.Library("aten", "IMPL")
+    kernels.impl("silu_backward", lambda *args: None, "CUDA")
+    return [no, yes, methods, guard, answers, kernels]
 
 
 def run(case: str, gpu: Gpu, folder: Path) -> dict:
