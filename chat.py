@@ -4,13 +4,14 @@ Text becomes ids once, when it enters, and sampled ids stay: none is decoded and
 dialogue is `opening` + sampled + `glue` + `user_turn` + sampled ..., which `rollout.py` adds up.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from config import InputError
+from config import InputError, require
 from model import find_folder
 
 OPEN, CLOSE = "<think>", "</think>"
@@ -71,7 +72,7 @@ class Chat:
     def opening(self, system: str, user: str) -> list[int]:
         """Ids up to the first reply; an empty system prompt writes no system turn."""
         system_ids = self.message("system", system) if system.strip() else []
-        return [*system_ids, *self.message("user", user), *self.assistant_header, *self.empty_block]
+        return [*system_ids, *self.user_turn(user)]
 
     def glue(self, ids: list[int]) -> list[int]:
         """What closes a sampled turn: a newline; <|im_end|> too where the turn hit its cap."""
@@ -90,9 +91,11 @@ class Chat:
         body = ids[:-1] if ids and ids[-1] == self.end else ids
         if not self.think:
             return Reply(body, self.decode(body).strip())
-        whole, cut = self.decode(body), self.close_index(body)
-        if not cut:
+        whole = self.decode(body)
+        if CLOSE not in whole:
             return Reply([], "", whole, "thought not closed" if OPEN in whole else "no thought")
+        # Bisection: a prefix that holds </think> holds it when it grows.
+        cut = bisect_left(range(len(body)), True, 1, key=lambda n: CLOSE in self.decode(body[:n]))
         thought, reply = self.decode(body[:cut]), self.decode(body[cut:]).strip()
         violation = "" if reply else "no reply behind the thought"
         if not whole.lstrip().startswith(OPEN):
@@ -105,18 +108,7 @@ class Chat:
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, nothing cleaned up and no special token hidden."""
-        as_it_is = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        return self.tokenizer.decode(ids, **as_it_is)
-
-    def close_index(self, ids: list[int]) -> int:
-        """How many ids the thought takes, up to one that completes the first </think>; 0: none."""
-        if CLOSE not in self.decode(ids):
-            return 0
-        low, high = 0, len(ids)  # bisection: a prefix that holds </think> holds it when it grows
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if CLOSE in self.decode(ids[:middle]) else (middle, high)
-        return high
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def load_tokenizer(name: str):
@@ -125,9 +117,8 @@ def load_tokenizer(name: str):
 
     if name == "bytes":
         return byte_tokenizer(transformers)
-    if name.endswith(".json"):
-        give = "give tokenizer=bytes, or a folder or hub name"
-        raise InputError(f"{name}: a shape file has no tokenizer; {give}")
+    give = "give tokenizer=bytes, or a folder or hub name"
+    require(not name.endswith(".json"), f"{name}: a shape file has no tokenizer; {give}")
     folder = find_folder(name, weights=False)
     try:
         return transformers.AutoTokenizer.from_pretrained(str(folder))
@@ -158,8 +149,7 @@ def system_prompt(language: str, think: bool, override: str = "") -> str:
     """The policy's system prompt: the file given, else prompts/policy_{en,zh}{,_think}.txt."""
     ours = Path(__file__).parent / "prompts" / f"policy_{language}{'_think' if think else ''}.txt"
     path = Path(override) if override else ours
-    if not path.is_file():
-        raise InputError(f"{path}: no such prompt file; give system=FILE or restore prompts/")
+    require(path.is_file(), f"{path}: no such prompt file; give system=FILE or restore prompts/")
     return path.read_text(encoding="utf-8").strip()
 
 

@@ -25,6 +25,18 @@ class InputError(Exception):
     """Something that was given is wrong. The message is one line: where, what and the remedy."""
 
 
+def require(fine, message: str) -> None:
+    """Raise InputError with the message unless what was given is fine."""
+    if not fine:
+        raise InputError(message)
+
+
+def nearest(word: str, known, otherwise: str = "", cutoff: float = 0.6) -> str:
+    """A hint at the known word that is nearest; `otherwise` if none is near."""
+    near = difflib.get_close_matches(word, known, 1, cutoff)
+    return f"; did you mean {near[0]!r}?" if near else otherwise
+
+
 def option(default, meaning: str, choices: tuple = (), low=None, high=None, above=None):
     """A dataclass field for --help and `check`: meaning, choices, low <= value <= high, > above."""
     bounds = {"low": low, "high": high, "above": above}
@@ -129,12 +141,12 @@ class Config:
     keep: int = option(2, "newest checkpoints kept; with eval_every also the best", low=1)
 
 
+OPTIONS = {f.name: f for f in dataclasses.fields(Config)}
 # --help shows first what most runs set, then sections, each named here by its first option.
 FIRST = ("model", "algorithm", "think", "user", "user_url", "user_model", "profiles", "groups",
          "group_size", "steps", "lr", "run")  # fmt: skip
-SECTIONS = {"model": "model", "profiles": "people and user", "groups": "rollout",
-            "algorithm": "learning", "eval_every": "evaluation", "device": "machine",
-            "run": "run"}  # fmt: skip
+SECTIONS = dict(model="model", profiles="people and user", groups="rollout", algorithm="learning",
+                eval_every="evaluation", device="machine", run="run")  # fmt: skip
 
 # On resume these may differ from the saved config; anything else would change what the run means.
 MAY_CHANGE = ("steps", "save_every", "keep", "eval_every", "resume", "run", "threads", "device",
@@ -147,100 +159,80 @@ def load_config(argv: list[str]) -> Config:
     files = [arg for arg in argv if "=" not in arg]
     if len(files) > 1:
         raise InputError(f"{files[1]}: one config file is expected, and options as key=value")
-    config = read_config_file(files[0]) if files else Config()
     changes = dict(arg.removeprefix("--").split("=", 1) for arg in argv if "=" in arg)
-    config = apply(config, changes)
-    if not config.run:
-        name = Path(files[0]).stem if files else "default"
-        config = dataclasses.replace(config, run=f"runs/{name}")
-    return check(config)
+    config = apply(read_config_file(files[0]) if files else Config(), changes)
+    name = Path(files[0]).stem if files else "default"
+    return check(dataclasses.replace(config, run=config.run or f"runs/{name}"))
 
 
 def read_config_file(path: str) -> Config:
     """The `config` that a Python file binds. Raises InputError for whatever goes wrong in it."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such config file; see configs/")
+    require(Path(path).is_file(), f"{path}: no such config file; see configs/")
     try:
         names = runpy.run_path(path)
     except Exception as error:  # whatever the user's code may raise
         # For Config(stpes=1), Python's own message names the key between quotes.
         word = str(error).rsplit("'", 2) if isinstance(error, TypeError) else []
-        hint, said = nearest(word[1]) if len(word) == 3 else "", " ".join(str(error).split())
+        hint, said = nearest_option(word[1]) if len(word) == 3 else "", " ".join(str(error).split())
         raise InputError(f"{path}: {type(error).__name__}: {said}{hint}") from None
-    if not isinstance(names.get("config"), Config):
-        raise InputError(f"{path}: binds no `config = Config(...)`")
+    require(isinstance(names.get("config"), Config), f"{path}: binds no `config = Config(...)`")
     return names["config"]
 
 
-def nearest(key: str) -> str:
+def nearest_option(key: str) -> str:
     """A hint at the valid option whose name is nearest."""
-    names = [f.name for f in dataclasses.fields(Config)]
-    if near := difflib.get_close_matches(key, names, 1, cutoff=0.5):
-        return f"; did you mean {near[0]!r}?"
-    return "; `python train.py --help` lists all options"
-
-
-def apply(config: Config, changes: dict[str, str]) -> Config:
-    """The config with options replaced from their command-line text."""
-    types = {f.name: f.type for f in dataclasses.fields(Config)}
-    values = {}
-    for key, text in changes.items():
-        if key not in types:
-            raise InputError(f"unknown option {key!r}{nearest(key)}")
-        values[key] = parse(key, text, types[key])
-    return dataclasses.replace(config, **values)
+    return nearest(key, OPTIONS, "; `python train.py --help` lists all options", cutoff=0.5)
 
 
 TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
-def parse(key: str, text: str, kind: type):
-    """One value from its text. Raises InputError for text that is not of the option's type."""
-    try:
-        return TRUTH[text.lower()] if kind is bool else kind(text)
-    except (ValueError, KeyError):
-        name = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
-        example = f"{key}={getattr(Config(), key)}"
-        raise InputError(f"option {key!r} is {name}, not {text!r}; write {example}") from None
+def apply(config: Config, changes: dict[str, str]) -> Config:
+    """The config with options replaced from their text; InputError for a wrong key or type."""
+    values = {}
+    for key, text in changes.items():
+        if key not in OPTIONS:
+            raise InputError(f"unknown option {key!r}{nearest_option(key)}")
+        kind, default = OPTIONS[key].type, OPTIONS[key].default
+        try:
+            values[key] = TRUTH[text.lower()] if kind is bool else kind(text)
+        except (ValueError, KeyError):
+            what = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+            raise InputError(
+                f"option {key!r} is {what}, not {text!r}; write {key}={default}") from None
+    return dataclasses.replace(config, **values)
 
 
 def check(config: Config) -> Config:
     """Types, choices, bounds and combinations. Returns the config; raises InputError."""
-    for f in dataclasses.fields(Config):
-        value = getattr(config, f.name)
-        if f.type is float and type(value) is int:
-            value = float(value)
-            config = dataclasses.replace(config, **{f.name: value})
-        check_value(f, value)
-    check_learning(config)
-    check_user(config)
+    floats = {name: float(value) for name, value in vars(config).items()
+              if OPTIONS[name].type is float and type(value) is int}  # fmt: skip
+    config = dataclasses.replace(config, **floats)
+    for name, f in OPTIONS.items():
+        check_value(f, getattr(config, name))
+    check_together(config)
     return config
 
 
 def check_value(f: dataclasses.Field, value) -> None:
     """One option's value against its declaration."""
-    name, choices = f.name, f.metadata["choices"]
+    name, choices = f"option {f.name!r}", f.metadata["choices"]
     low, high, above = (f.metadata[key] for key in ("low", "high", "above"))
-    if value != value:
-        raise InputError(f"option {name!r} is a number, not {value}; its default is {f.default}")
-    if type(value) is not f.type:
-        kinds = f"{f.type.__name__}, not {type(value).__name__} ({value!r})"
-        raise InputError(f"option {name!r} is of type {kinds}")
+    kinds = f"{f.type.__name__}, not {type(value).__name__} ({value!r})"
+    must = f"be at least {low}" if low else "not be negative"
+    require(value == value, f"{name} is a number, not {value}; its default is {f.default}")
+    require(type(value) is f.type, f"{name} is of type {kinds}")
     if choices and value not in choices:
-        near = difflib.get_close_matches(value, choices, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"option {name!r} is one of {', '.join(choices)}, not {value!r}{hint}")
-    if high is not None and not low <= value <= high:
-        raise InputError(f"option {name!r} must be within {low}..{high}, not {value}")
-    if low is not None and value < low:
-        must = f"be at least {low}" if low else "not be negative"
-        raise InputError(f"option {name!r} must {must}, not {value}")
-    if above is not None and not value > above:
-        raise InputError(f"option {name!r} must be above {above}, not {value}")
+        hint = nearest(value, choices)
+        raise InputError(f"{name} is one of {', '.join(choices)}, not {value!r}{hint}")
+    within = high is None or low <= value <= high
+    require(within, f"{name} must be within {low}..{high}, not {value}")
+    require(low is None or not value < low, f"{name} must {must}, not {value}")
+    require(above is None or value > above, f"{name} must be above {above}, not {value}")
 
 
-def check_learning(config: Config) -> None:
-    """Combinations of options about the model, rollouts and updates."""
+def check_together(config: Config) -> None:
+    """Combinations of options, and what a user that is a language model needs."""
     size, learn_from, cuts = config.group_size, config.learn_from, config.minibatches
     tokens, cap = config.reply_tokens, config.context_tokens
     given, known = config.lora_targets, Config.lora_targets.split(",")
@@ -256,21 +248,15 @@ def check_learning(config: Config) -> None:
         raise InputError(f"option 'reply_tokens' ({tokens}) must be below 'context_tokens' ({cap})")
     if (dialogues := config.groups * (learn_from or size)) < cuts:
         raise InputError(f"option 'minibatches' ({cuts}) exceeds a step's dialogues ({dialogues})")
-
-
-def check_user(config: Config) -> None:
-    """What a user that is a language model needs."""
     if config.user == "offline" and config.record != "off":
         raise InputError("option 'record' is for language models; user=offline needs no record")
-    if config.user == "llm" and config.record != "replay":
-        example = "user_url=http://127.0.0.1:8001/v1 user_model=NAME (docs/simulators.md)"
-        for needed in ("user_url", "user_model"):
-            if not getattr(config, needed):
-                way_out = "or user=offline, the rule-based user, which needs none"
-                raise InputError(f"option {needed!r} is empty: user=llm wants {example}; {way_out}")
-    if config.user == "local" and not config.user_model and config.record != "replay":
-        needed = "user=local wants a model's folder or hub name"
-        raise InputError(f"option 'user_model' is empty: {needed}")
+    needed = "user_model" if config.user_url or config.user == "local" else "user_url"
+    if config.user != "offline" and not getattr(config, needed) and config.record != "replay":
+        want = {"local": "a model's folder or hub name",
+                "llm": "user_url=http://127.0.0.1:8001/v1 user_model=NAME (docs/simulators.md); "
+                       "or user=offline, the rule-based user, which needs none"}  # fmt: skip
+        raise InputError(
+            f"option {needed!r} is empty: user={config.user} wants {want[config.user]}")
     tokens, cap = config.user_tokens, config.user_context
     if config.user == "local" and tokens >= cap:
         raise InputError(f"option 'user_tokens' ({tokens}) must be below 'user_context' ({cap})")
@@ -284,7 +270,7 @@ def save_config(config: Config, path: Path) -> None:
 def read_saved(path: Path) -> Config:
     """A config that `save_config` wrote. Raises InputError if damaged, or of another version."""
     saved = read_json(path)
-    if unknown := saved.keys() - {f.name for f in dataclasses.fields(Config)}:
+    if unknown := saved.keys() - OPTIONS:
         what = f"option {min(unknown)!r}, which this version does not have"
         raise InputError(f"{path}: holds {what}; go on with the version that env.txt names")
     try:
@@ -296,11 +282,11 @@ def read_saved(path: Path) -> Config:
 def help_text(command: str) -> str:
     """Every option with its meaning and default: what most runs set first, then by section."""
     lines = [f"usage: {command}", "", "Options are written key=value; defaults in brackets."]
-    fields, rest = {f.name: f for f in dataclasses.fields(Config)}, []
-    for name, f in fields.items():
+    rest = []
+    for name, f in OPTIONS.items():
         rest += [("", SECTIONS[name])] if name in SECTIONS else []
         rest += [] if name in FIRST else [(name, f)]
-    for name, f in [("", "what most runs set"), *((name, fields[name]) for name in FIRST), *rest]:
+    for name, f in [("", "what most runs set"), *((name, OPTIONS[name]) for name in FIRST), *rest]:
         if not name:
             lines += ["", f"{f}:"]
             continue
@@ -317,14 +303,13 @@ def read_json(path: Path) -> dict:
     """A JSON object from a file. Raises InputError if it is missing or damaged."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError("an object is expected")
-        return raw
     except FileNotFoundError:
-        wrong = "no such file; a model folder and a checkpoint have one"
+        have = "a model folder and a checkpoint have one"
+        raise InputError(f"{path}: no such file; {have}") from None
     except ValueError as error:
-        wrong = f"not JSON ({error})"
-    raise InputError(f"{path}: {wrong}")
+        raise InputError(f"{path}: not JSON ({error})") from None
+    require(isinstance(raw, dict), f"{path}: not JSON (an object is expected)")
+    return raw
 
 
 def read_rows(path: Path, torn: bool = False) -> list[tuple[str, dict]]:

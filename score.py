@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import InputError, read_rows
+from config import read_rows, require
 from simulator import EXCLUDED, INTENTIONS, PERSONA_TYPES, EmotionRules, band, canonical
 
 Points = dict[str, list[float]]  # final emotions by profile id
@@ -20,17 +20,14 @@ ENDINGS = ("content", "left", "goodbye", "max_turns", "context_full", "format", 
 
 def read_log(path: str) -> list[dict]:
     """The dialogues of a log, gzipped or not. Raises InputError that names the bad line."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such log")
+    require(Path(path).is_file(), f"{path}: no such log")
     rows = []
     for where, row in read_rows(Path(path)):
         wanted = ("id", "history", "emo_point", "emo_state")
         for key in wanted if row.get("status", "ok") == "ok" else wanted[:2]:
-            if key not in row:
-                raise InputError(f"{where}: no key {key!r}; a SAGE dialogue log is expected")
+            require(key in row, f"{where}: no key {key!r}; a SAGE dialogue log is expected")
         rows.append({**row, "line": int(where.rpartition(":")[2])})
-    if not rows:
-        raise InputError(f"{path}: holds no dialogue")
+    require(rows, f"{path}: holds no dialogue")
     return rows
 
 
@@ -43,13 +40,10 @@ def summary(rows: list[dict]) -> dict:
     """n (completed), failed, score (every profile weighs the same), success, failure (counts)."""
     points = [row["emo_point"] for row in completed(rows)]
     people = [np.mean(found) for found in by_profile(rows).values()]
-    return {
-        "n": len(points),
-        "failed": len(rows) - len(points),
-        "score": float(np.mean(people)) if people else math.nan,
-        "success": sum(point >= 100 for point in points),
-        "failure": sum(point < 10 for point in points),
-    }
+    return {"n": len(points), "failed": len(rows) - len(points),
+            "score": float(np.mean(people)) if people else math.nan,
+            "success": sum(point >= 100 for point in points),
+            "failure": sum(point < 10 for point in points)}  # fmt: skip
 
 
 def score_line(name: str, rows: list[dict]) -> str:
@@ -70,11 +64,9 @@ def score_text(path: str, rows: list[dict]) -> str:
         for row in rows:
             name, where = row.get(key, ""), f"{path}:{row['line']}: key {key!r}"
             groups[canonical(name, table, where) if table else name].append(row)
-        if table:
-            names = {name: f"{name} ({table[name][1]})" for name in table if name in groups}
-        else:
-            names = {name: f"seed {name}" for name in sorted(groups) if len(groups) > 1}
-        lines += [score_line(f"  {title}"[:44], groups[name]) for name, title in names.items()]
+        for name in table or (sorted(groups) if len(groups) > 1 else ()):
+            title = f"  {name} ({table[name][1]})" if table else f"  seed {name}"
+            lines += [score_line(title[:44], groups[name])] if name in groups else []
     return "\n".join([*lines, *turn_lines(rows)])
 
 
@@ -128,8 +120,7 @@ def mismatches(row: dict, where: str) -> list[str]:
 def paired_bootstrap(before: Points, after: Points, samples=10_000, seed=0) -> tuple[float, ...]:
     """Mean gain over shared profiles and its 95 % interval. Raises InputError if none is shared."""
     shared = sorted(before.keys() & after.keys())
-    if not shared:
-        raise InputError("the two logs share no profile id; nothing can be paired")
+    require(shared, "the two logs share no profile id; nothing can be paired")
     gain = np.array([np.mean(after[name]) - np.mean(before[name]) for name in shared])
     return float(gain.mean()), *bootstrap(gain, samples, seed)
 
@@ -137,8 +128,7 @@ def paired_bootstrap(before: Points, after: Points, samples=10_000, seed=0) -> t
 def bootstrap(values: np.ndarray, samples: int = 10_000, seed: int = 0) -> tuple[float, float]:
     """The 95 % percentile interval of the mean of [n] values."""
     draws = np.random.default_rng(seed).integers(0, len(values), (samples, len(values)))
-    low, high = np.percentile(values[draws].mean(1), [2.5, 97.5])
-    return float(low), float(high)
+    return tuple(np.percentile(values[draws].mean(1), [2.5, 97.5]).tolist())
 
 
 def by_profile(rows: list[dict]) -> Points:
@@ -151,5 +141,4 @@ def by_profile(rows: list[dict]) -> Points:
 
 def interval(rows: list[dict]) -> tuple[float, float]:
     """The 95 % interval of the score, resampling profiles: the means of their dialogues."""
-    points = by_profile(rows)
-    return bootstrap(np.array([np.mean(points[name]) for name in sorted(points)]))
+    return bootstrap(np.array([np.mean(found) for _, found in sorted(by_profile(rows).items())]))

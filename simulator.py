@@ -6,12 +6,11 @@ and when a dialogue ends, and User what each of the users in `users/` can do.
 Sources: RLVER (arXiv 2507.03112), section 2; SAGE (arXiv 2505.02847), section 2 and its logs.
 """
 
-import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from config import InputError, read_rows
+from config import InputError, nearest, read_rows, require
 
 # Id -> (label in the released profiles, English label). SAGE calls the first four emotional.
 INTENTIONS = {
@@ -26,7 +25,6 @@ INTENTIONS = {
 }
 PERSONA_TYPES = {"negative": ("负面型", "negative"), "passive": ("被动型", "passive"),
                  "avoidant": ("回避型", "avoidant")}  # fmt: skip
-LANGUAGES = ("en", "zh")
 
 
 @dataclass(frozen=True)
@@ -153,34 +151,28 @@ class User(Protocol):
 
 
 FIELDS = ("id", "player", "scene", "main_cha", "task")  # every profile in a file has these keys
-OPTIONAL = ("first_talk", "topic", "cha_group", "language")
+KNOWN = (*FIELDS, "first_talk", "topic", "cha_group", "language")
 
 
 def load_profiles(path: str | Path) -> list[Profile]:
     """RLVER's JSON-lines profiles. Raises InputError naming file, line and key of what is wrong."""
-    if not Path(path).is_file():
-        give = "give profiles=FILE, for example data/en_train.jsonl"
-        raise InputError(f"{path}: no such profile file; {give}")
-    profiles, seen = [], {}
+    give = "give profiles=FILE, for example data/en_train.jsonl"
+    require(Path(path).is_file(), f"{path}: no such profile file; {give}")
+    profiles, lines = [], {}
     for where, row in read_rows(Path(path)):
-        profile = parse_profile(row, where)
-        if line := seen.get(profile.id):
-            there = f"stands on line {line} already; ids are unique"
-            raise InputError(f"{where}: id {profile.id!r} {there}")
-        seen[profile.id] = where.rpartition(":")[2]
-        profiles.append(profile)
-    if not profiles:
-        raise InputError(f"{path}: holds no profile; one JSON object a line is expected")
+        profiles.append(parse_profile(row, where))
+        name, here = profiles[-1].id, where.rpartition(":")[2]
+        there = f"stands on line {lines.get(name)} already; ids are unique"
+        require(lines.setdefault(name, here) == here, f"{where}: id {name!r} {there}")
+    require(profiles, f"{path}: holds no profile; one JSON object a line is expected")
     return profiles
 
 
 def parse_profile(row: dict, where: str) -> Profile:
     """One profile from its JSON object; `where` (file:line) begins every error."""
-    known = (*FIELDS, *OPTIONAL)
-    if odd := [key for key in row if key not in known]:
-        near = difflib.get_close_matches(odd[0], known, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-        raise InputError(f"{where}: unknown key {odd[0]!r}; {hint}")
+    if odd := [key for key in row if key not in KNOWN]:
+        hint = nearest(odd[0], KNOWN, f"; known are {', '.join(KNOWN)}")
+        raise InputError(f"{where}: unknown key {odd[0]!r}{hint}")
     if missing := [key for key in FIELDS if key not in row]:
         raise InputError(f"{where}: key {missing[0]!r} is missing")
     for key, value in row.items():
@@ -191,9 +183,8 @@ def parse_profile(row: dict, where: str) -> Profile:
             raise InputError(f"{where}: key {key!r} must be a string with something in it")
     guess = "zh" if cjk_share(row["player"] + row["scene"]) > 0.3 else "en"
     language, traits = row.get("language", guess), tuple(row.get("cha_group", ()))
-    if language not in LANGUAGES:
-        must = f"must be one of {', '.join(LANGUAGES)}"
-        raise InputError(f"{where}: key 'language' is {language!r}; it {must}")
+    wrong = f"{where}: key 'language' is {language!r}; it must be one of en, zh"
+    require(language in ("en", "zh"), wrong)
     return Profile(
         id=row["id"], persona=row["player"], scene=row["scene"], language=language, traits=traits,
         intention=canonical(row["task"], INTENTIONS, f"{where}: key 'task'"),
@@ -205,9 +196,8 @@ def canonical(label: str, table: dict[str, tuple[str, ...]], where: str) -> str:
     """The table's id of a label in any language. Raises InputError for a label it does not have."""
     names = {name: key for key, labels in table.items() for name in (key, *labels)}
     if label.strip() not in names:
-        near = difflib.get_close_matches(label.strip(), names, 1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(table)}"
-        raise InputError(f"{where} has unknown label {label!r}; {hint}")
+        hint = nearest(label.strip(), names, f"; known are {', '.join(table)}", cutoff=0.4)
+        raise InputError(f"{where} has unknown label {label!r}{hint}")
     return names[label.strip()]
 
 
