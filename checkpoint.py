@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -30,14 +31,12 @@ from model import FAMILIES, Linear, Transformer, find_folder
 FILE_BYTES = 1 << 30  # per checkpoint file, all ranks together; each holds its part twice to write
 Modules = dict[str, nn.Module]  # by what they are: policy, critic, value_head
 Optimisers = list[torch.optim.Optimizer]
-Prepare = Callable[[Transformer], None]
 # DCP would warn at every save and load that it takes a missing process group for a single process.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
-def load_model(
-    name: str, seed: int = 0, device: torch.device | str = "cpu", prepare: Prepare | None = None
-) -> Transformer:
+def load_model(name: str, seed: int = 0, device: torch.device | str = "cpu",
+               prepare: Callable[[Transformer], None] | None = None) -> Transformer:  # fmt: skip
     """An fp32 model from a Hugging Face folder or hub name; a random one from a *.json shape file.
 
     `prepare` may change it on the meta device. Raises InputError for damaged or misfit tensors.
@@ -163,15 +162,14 @@ def save_model(model: Transformer, tokenizer, folder: Path, main: bool = True,
     from huggingface_hub import save_torch_state_dict
 
     gathered = {name: x.to("cpu", dtype).contiguous() for name, x in whole_weights(model) if main}
-    if not main:
-        return
     raw = {**model.raw, "architectures": [FAMILIES[model.config.family]]}
     raw["dtype"] = str(dtype).removeprefix("torch.")
     raw.pop("torch_dtype", None)
-    with written_aside(folder) as aside:
-        (aside / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-        save_torch_state_dict(gathered, aside)
-        tokenizer.save_pretrained(aside)
+    if main:
+        with written_aside(folder) as aside:
+            (aside / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+            save_torch_state_dict(gathered, aside)
+            tokenizer.save_pretrained(aside)
 
 
 def save_adapter(model: Transformer, config: Config, folder: Path, main: bool = True) -> None:
@@ -182,16 +180,14 @@ def save_adapter(model: Transformer, config: Config, folder: Path, main: bool = 
         if side in ("lora_A", "lora_B"):
             gathered[f"base_model.model.{path}.{side}.weight"] = whole(parameter).cpu().contiguous()
             targets.add(path.rpartition(".")[2])
-    if not main:
-        return
-    about = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": config.model,
-        "bias": "none", "r": config.lora_rank, "lora_alpha": config.lora_alpha,
-        "lora_dropout": 0.0, "inference_mode": True, "target_modules": sorted(targets),
-    }  # fmt: skip
-    with written_aside(folder) as aside:
-        (aside / "adapter_config.json").write_text(json.dumps(about, indent=1) + "\n")
-        save_file(gathered, aside / "adapter_model.safetensors", metadata={"format": "pt"})
+    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none",
+             "base_model_name_or_path": config.model, "r": config.lora_rank,
+             "lora_alpha": config.lora_alpha, "lora_dropout": 0.0, "inference_mode": True,
+             "target_modules": sorted(targets)}  # fmt: skip
+    if main:
+        with written_aside(folder) as aside:
+            (aside / "adapter_config.json").write_text(json.dumps(about, indent=1) + "\n")
+            save_file(gathered, aside / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 # ---- checkpoints of a run
@@ -218,9 +214,8 @@ def checkpoint_tensors(modules: Modules, optimisers: Optimisers) -> dict[str, Te
     return {name: tensor.view(1) if tensor.dim() == 0 else tensor for name, tensor in found.items()}
 
 
-def save_checkpoint(
-    run: Path, step: int, modules: Modules, optimisers: Optimisers, world: World
-) -> Path:
+def save_checkpoint(run: Path, step: int, modules: Modules, optimisers: Optimisers,
+                    world: World) -> Path:  # fmt: skip
     """Write ckpt/step_N, all ranks together. If one cannot, all raise SaveError."""
     folder, aside = (run / "ckpt" / f"step_{step}{ending}" for ending in ("", ".partial"))
 
@@ -231,10 +226,8 @@ def save_checkpoint(
 
     def write() -> None:
         tensors = {**checkpoint_tensors(modules, optimisers), "rng": torch.get_rng_state()}
-        files, size = {}, 0
-        for name, tensor in tensors.items():
-            size += tensor.numel() * tensor.element_size()
-            files[name] = 1 + size // FILE_BYTES
+        sizes = accumulate(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        files = {name: 1 + size // FILE_BYTES for name, size in zip(tensors, sizes)}
         out = dcp.HuggingFaceStorageWriter(str(aside), files, save_distributed=True)
         dcp.save(tensors, storage_writer=out, process_group=world.group, no_dist=world.mesh is None)
 
@@ -268,8 +261,7 @@ def agree(world: World, what: Path, work: Callable[[], object] | None) -> None:
         why = next(str(cause[0]) or repr(cause[0]) for cause in error.failures.values())
     except (OSError, SafetensorError) as error:
         why = str(error) or repr(error)
-    why = next((said for said in world.gather(why) if said), "")
-    if why:
+    if why := next(filter(None, world.gather(why)), ""):
         raise SaveError(f"{what}: could not be written ({why.strip().splitlines()[-1]})")
 
 
@@ -283,8 +275,7 @@ def prune(run: Path, keep: int, best: int | None) -> None:
     """Leave only the newest `keep` checkpoints, and that of step `best`."""
     for old in checkpoints(run)[:-keep]:
         if old.name != f"step_{best}":
-            half = old.with_name(f"{old.name}.partial")  # no step_N may ever lack a file
-            os.replace(old, half)
+            half = old.replace(old.with_name(f"{old.name}.partial"))  # no step_N ever lacks a file
             shutil.rmtree(half, ignore_errors=True)
 
 
@@ -342,8 +333,7 @@ def load_checkpoint(folder: Path, modules: Modules, optimisers: Optimisers | Non
     """
     step = check_files(folder)
     reader = dcp.HuggingFaceStorageReader(str(folder))
-    metadata = reader.read_metadata().state_dict_metadata
-    saved = {name: tuple(entry.size) for name, entry in metadata.items()}
+    saved = {k: tuple(v.size) for k, v in reader.read_metadata().state_dict_metadata.items()}
     if any(name.endswith(":exp_avg") for name in saved):  # AdamW has no state before its first step
         for optimiser in optimisers or ():
             for parameter in (p for group in optimiser.param_groups for p in group["params"]):

@@ -22,16 +22,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import (  # isort: skip
-    check_files, checkpoints, load_checkpoint, load_model, save_adapter, save_model,
-)
-from config import (  # isort: skip
-    Config, InputError, add_rows, help_text, load_config, own_rows, read_json, read_saved,
-    save_config, without_nan, write_rows,
-)
-from score import (  # isort: skip
-    by_profile, interval, mismatches, paired_bootstrap, read_log, score_line, score_text, summary,
-)
+from checkpoint import (check_files, checkpoints, load_checkpoint, load_model,  # isort: skip
+                        save_adapter, save_model)  # fmt: skip
+from config import (Config, InputError, add_rows, help_text, load_config, own_rows,  # isort: skip
+                    read_json, read_saved, save_config, without_nan, write_rows)  # fmt: skip
+from score import (by_profile, interval, mismatches, paired_bootstrap, read_log,  # isort: skip
+                   score_line, score_text, summary)  # fmt: skip
 from chat import load_tokenizer, make_chat
 from dist import World, compute_type, pick_device
 from model import Transformer, find_folder
@@ -48,9 +44,8 @@ ENDINGS = (".json", ".safetensors", ".txt")  # of a model's files, a checkpoint'
 Part = tuple[dict[tuple, dict], tuple]  # what one rank's `evaluate` returns
 
 
-def evaluate(
-    config: Config, model: Transformer, tokenizer, world: World, log: Path | None = None, check=None
-) -> Part:
+def evaluate(config: Config, model: Transformer, tokenizer, world: World,
+             log: Path | None = None, check=None) -> Part:  # fmt: skip
     """Hold this rank's share: under each seed, `eval_dialogues` dialogues with each profile.
 
     The noise is the same at every call. Returns log lines by (seed, *key), and what the user's
@@ -148,9 +143,8 @@ def command_run(argv: list[str]) -> int:
         return 130
     failed = [row for row in rows if row["status"] != "ok"]
     if len(failed) > MAX_FAILED * len(rows):
-        why = f"{len(failed)} of {len(rows)} users failed; the first: {failed[0]['why']}"
-        again = f"The same command asks these again, the others are in {log}"
-        print(f"no result: {why}. {again}", file=sys.stderr)
+        print(f"no result: {len(failed)} of {len(rows)} users failed; the first: {failed[0]['why']}"
+              f". The same command asks these again, the others are in {log}", file=sys.stderr)
         return 1
     write_evaluation(folder, config, settings, rows, cost)
     print((folder / "result.txt").read_text(), end="")
@@ -187,7 +181,6 @@ def command_export(argv: list[str]) -> int:
 
 def begin_evaluation(folder: Path, settings: dict) -> Path:
     """The log of an evaluation in progress. Raises InputError if its folder is not for this one."""
-    log = folder / "dialogues.partial.jsonl"
     check_writable(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         done = (folder / "result.json").exists()
@@ -199,7 +192,7 @@ def begin_evaluation(folder: Path, settings: dict) -> Path:
             if before.get(key) != now:
                 change = f"{key} {before.get(key)}, not {now}"
                 raise InputError(f"{folder}: was begun with {change}; give another out=DIR")
-    return log
+    return folder / "dialogues.partial.jsonl"
 
 
 def fingerprint(*paths: Path) -> str:
@@ -238,8 +231,7 @@ def describe(config: Config, model: str, world: World) -> dict:
         "reply_tokens": config.reply_tokens, "context_tokens": config.context_tokens,
         "temperature": config.eval_temperature, "start_emotion": config.eval_start_emotion,
         "seeds": list(range(config.eval_seed, config.eval_seed + config.seeds)),
-        "think": config.think, "system": f"{config.system or 'our prompts'} ({words})",
-    }  # fmt: skip
+        "think": config.think, "system": f"{config.system or 'our prompts'} ({words})"}  # fmt: skip
 
 
 def write_evaluation(folder: Path, config: Config, settings: dict, rows: list, cost: dict) -> dict:
@@ -252,12 +244,10 @@ def write_evaluation(folder: Path, config: Config, settings: dict, rows: list, c
     (folder / "result.txt").write_text(f"{text}\n\n{table}\n")
     save_config(config, folder / "config.json")
     result = summary(rows)
-    whole = {
-        **without_nan(result), "interval": interval(rows) if result["n"] else None,
-        "seeds": [{"seed": seed, **without_nan(summary([r for r in rows if r["seed"] == seed]))}
-                  for seed in settings["seeds"]],
-        "settings": settings, "cost": cost,
-    }  # fmt: skip
+    seeds = {seed: summary([r for r in rows if r["seed"] == seed]) for seed in settings["seeds"]}
+    whole = {**without_nan(result), "interval": interval(rows) if result["n"] else None,
+             "seeds": [{"seed": seed, **without_nan(found)} for seed, found in seeds.items()],
+             "settings": settings, "cost": cost}  # fmt: skip
     (folder / "result.json").write_text(json.dumps(whole, indent=1) + "\n")
     (folder / "dialogues.partial.jsonl").unlink(missing_ok=True)
     return result

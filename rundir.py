@@ -20,13 +20,10 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from config import (MAY_CHANGE, Config, InputError, add_rows, own_rows, read_json,  # isort: skip
+                    read_saved, save_config, write_rows)  # fmt: skip
 import kernels
 from checkpoint import checkpoints
-
-from config import (  # isort: skip
-    MAY_CHANGE, Config, InputError, add_rows, own_rows, read_json, read_saved, save_config,
-    write_rows,
-)
 from dist import World
 from rollout import Talk, log_line
 from users.offline import user_hash
@@ -65,8 +62,7 @@ def use_kernels(config: Config, begun: Path | None, world: World) -> str:
     given, path = config.matmul, (begun or Path()) / KERNELS
     if given == "auto" and begun:  # runs from before there was a choice have no file
         given = read_json(path) if path.is_file() else dict.fromkeys(kernels.USES, "mkl")
-        known = set(given.values()) <= set(kernels.LIBRARIES)
-        if given.keys() != kernels.chosen.keys() or not known:
+        if given.keys() != kernels.chosen.keys() or set(given.values()) - set(kernels.LIBRARIES):
             raise InputError(f"{path}: names no libraries for matrix products; without it: mkl")
     line = kernels.use(given) if world.main else ""
     if world.dtype == torch.bfloat16 and world.device.type == "cpu" and not kernels.half_is_fast():
@@ -83,8 +79,8 @@ def check_writable(folder: Path) -> None:
         if there.is_dir():
             tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
-        why = f"cannot be written ({error.strerror})"
-        raise InputError(f"{folder}: {why}; give another folder") from None
+        why = error.strerror
+        raise InputError(f"{folder}: cannot be written ({why}); give another folder") from None
 
 
 def lock_run(run: Path) -> IO:
@@ -121,10 +117,9 @@ def prepare_run(config: Config, run: Path, talk: Talk, step: int, world: World) 
     (run / "system_prompts.json").write_text(systems + "\n", encoding="utf-8")
     for name in ("metrics.jsonl", "dialogues.jsonl"):
         cut_back(run / name, step)
-    later = [folder for folder in checkpoints(run) if int(folder.name[5:]) > step]
-    if later:  # the user has left that branch, and resume=auto must not go back to it
+    if later := [folder for folder in checkpoints(run) if int(folder.name[5:]) > step]:
         print(f"removing {', '.join(f.name for f in later)}: the run goes on from step {step}")
-    for folder in later:
+    for folder in later:  # the user has left that branch, and resume=auto must not go back to it
         shutil.rmtree(folder)
 
 

@@ -32,10 +32,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from checkpoint import (  # isort: skip
-    SaveError, agree, check_files, checkpoints, load_checkpoint, newest_sound, prune, save_adapter,
-    save_checkpoint, save_model,
-)
+from checkpoint import (SaveError, agree, check_files, checkpoints, load_checkpoint,  # isort: skip
+                        newest_sound, prune, save_adapter, save_checkpoint, save_model)  # fmt: skip
 from chat import load_tokenizer, make_chat
 from config import Config, InputError, help_text, load_config, own_rows, write_rows
 from dist import World, close, gathered, refill, start
@@ -121,9 +119,8 @@ def together(run: Run, state: State, work: Callable[[], object]) -> list:
 def pick_profiles(profiles: list[Profile], config: Config, step: int) -> list[Profile]:
     """A step's profiles, all different: each epoch is a new shuffle, cut into steps."""
     epoch, piece = divmod(step, len(profiles) // config.groups)
-    everyone, first = range(len(profiles)), piece * config.groups
-    order = sorted(everyone, key=lambda i: hash_key(config.seed, ORDER_STREAM, epoch, i))
-    return [profiles[i] for i in order[first : first + config.groups]]
+    order = sorted(range(len(profiles)), key=partial(hash_key, config.seed, ORDER_STREAM, epoch))
+    return [profiles[i] for i in order[piece * config.groups :][: config.groups]]
 
 
 @dataclass
@@ -156,8 +153,7 @@ def rollout_metrics(dialogues: list[Dialogue], parts: list[Rollout], seconds: fl
         "simulator/failed": len(dialogues) - len(good),
         "simulator/calls": len(heard) - heard.count(None),
         "rollout/wait": max(times) - min(times), "time/rollout": seconds,
-        **{f"rollout/stop/{reason}": n / count for reason, n in ended.items()},
-    }  # fmt: skip
+        **{f"rollout/stop/{reason}": n / count for reason, n in ended.items()}}  # fmt: skip
 
 
 def hold(run: Run, stage: Stage, jobs: list[Job], step: int) -> Rollout:
@@ -188,20 +184,13 @@ def roll_out(run: Run, state: State, stage: Stage, profiles: list[Profile]) -> t
         parts = together(run, state, lambda: hold(run, stage, jobs, step))
         if error := next((part.error for part in parts if part.error), ""):
             run.say(f"step {step + 1}: {error}")
-        found = [] if error else [dialogue for part in parts for dialogue in part.dialogues]
-        dialogues, seconds = sorted(found, key=lambda d: d.key), time.perf_counter() - begun
-        failed = [dialogue for dialogue in dialogues if not dialogue.completed]
-        if len(failed) <= MAX_FAILED * len(dialogues):
-            return dialogues, rollout_metrics(dialogues, parts, seconds)
-        share = f"{len(failed)} of {len(dialogues)} users failed"
+        held = sorted((d for p in parts if not error for d in p.dialogues), key=lambda d: d.key)
+        failed = [dialogue for dialogue in held if not dialogue.completed]
+        if len(failed) <= MAX_FAILED * len(held):
+            return held, rollout_metrics(held, parts, time.perf_counter() - begun)
+        share = f"{len(failed)} of {len(held)} users failed"
         run.say(f"step {step + 1}: {share} ({failed[0].why}); {what_now}")
     raise Stop(f"{share}, twice; the first said: {failed[0].why}", 1)
-
-
-def resume_from(config: Config, run: Path, world: World) -> Path | None:
-    """The checkpoint that `resume` names, if any."""
-    named = None if config.resume == "none" else Path(config.resume)
-    return newest_sound(run, world) if config.resume == "auto" else named
 
 
 def evaluate_step(run: Run, state: State, tokenizer) -> None:
@@ -284,7 +273,8 @@ def train(config: Config, user: User | None = None) -> Path:
                          "use record=off on several ranks")
     profiles, talk = load_people(config), make_talk(config, training=True)
     lock = lock_run(folder) if world.main and folder.is_dir() else None  # before anything is read
-    checkpoint = resume_from(config, folder, world)
+    named = None if config.resume == "none" else Path(config.resume)
+    checkpoint = newest_sound(folder, world) if config.resume == "auto" else named
     step = check_files(checkpoint) if checkpoint else 0
     if step >= config.steps and model.is_dir():
         more = f"steps={step + 100} trains on"
@@ -319,6 +309,7 @@ def train(config: Config, user: User | None = None) -> Path:
 def learn_steps(run: Run, state: State, stage: Stage, profiles: list[Profile], saved: int) -> None:
     """The loop: roll out, update, log, evaluate, save. `saved`: the step on disk, -1 for none."""
     config, world, every, skipped = run.config, run.world, run.config.save_every, 0
+    unlearnt = dict.fromkeys((*KEYS, *KEYS_BY[config.algorithm], "rollout/sampler_gap"), math.nan)
 
     def save() -> int:
         save_checkpoint(run.folder, state.step, state.modules, state.optimisers, world)
@@ -341,9 +332,7 @@ def learn_steps(run: Run, state: State, stage: Stage, profiles: list[Profile], s
                 rolled = time.perf_counter()
                 if isinstance(stage.user, LLMUser):
                     metrics |= usage_metrics(world.gather(stage.user.drain()))
-                metrics |= update(state, config, dialogues, stage.engine.banned, world)
-                for name in (*KEYS, *KEYS_BY[config.algorithm], "rollout/sampler_gap"):
-                    metrics.setdefault(name, math.nan)  # for steps where nothing was learnt
+                metrics |= unlearnt | update(state, config, dialogues, stage.engine.banned, world)
                 state.step += 1
                 now = time.perf_counter()
                 metrics |= {"time/update": now - rolled, "time/step": now - begun}

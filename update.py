@@ -107,14 +107,12 @@ def groups(parameters: list[nn.Parameter], lr: float, warmup: int) -> list[dict]
 def set_learning_rates(state: State, config: Config) -> None:
     """Linear warm-up times `lr_schedule`: both follow from step and config, so nothing is saved."""
     left = 1 - state.step / config.steps if config.lr_schedule == "linear" else 1.0
-    every = [group for optimiser in state.optimisers for group in optimiser.param_groups]
-    for group in every:
+    for group in (group for optimiser in state.optimisers for group in optimiser.param_groups):
         group["lr"] = group["base_lr"] * left * min(1.0, (state.step + 1) / max(1, group["warmup"]))
 
 
-def forward(
-    model: Transformer, config: Config, batch: Batch, banned: Tensor, adapter: str | None = "policy"
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(model: Transformer, config: Config, batch: Batch, banned: Tensor,
+            adapter: str | None = "policy") -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Log-probabilities and entropies [N] of the trained tokens, and their hidden states [N, D]."""
     # A token's hidden state is that of the token before it, which predicts it and has its value.
     hidden_ND = model(batch.tokens_T, batch.position_T, batch.attend, adapter)[batch.predictor_N]
@@ -185,10 +183,9 @@ def grpo_vectors(config: Config, rewards: Vectors, spans: Spans) -> Estimates:
 def ppo_vectors(config: Config, rewards: Vectors, spans: Spans, value: Vectors) -> Estimates:
     """Advantages and returns of all dialogues from the critic's values, and metrics."""
     keys, advantage, returns = sorted(value), {}, {}
-    for key in keys:
-        turns = spans[key] if config.credit == "turn" else None
-        found = ppo.gae(rewards[key], value[key], config.gamma, config.lam, turns)
-        advantage[key], returns[key] = found
+    for k in keys:
+        turns = spans[k] if config.credit == "turn" else None
+        advantage[k], returns[k] = ppo.gae(rewards[k], value[k], config.gamma, config.lam, turns)
     if config.scale_advantage:
         white = ppo.whiten(torch.cat([advantage[key] for key in keys]))
         advantage = dict(zip(keys, white.split([len(advantage[key]) for key in keys])))
@@ -201,15 +198,14 @@ def ppo_vectors(config: Config, rewards: Vectors, spans: Spans, value: Vectors) 
 def by_dialogue(pieces: Pieces, vectors: list[Tensor], world: World) -> Vectors:
     """Vectors over the trained tokens of all ranks' pieces, joined to one for each dialogue."""
     mine: dict[tuple[Key, int], list[float]] = {}
-    for piece, vector_N in zip(pieces, vectors):
+    for piece, found_N in zip(pieces, vectors):
         if piece.weight:
             b = piece.batch
-            for key, begin, part in zip(b.keys, b.begins, vector_N.cpu().split(b.trained)):
-                mine[key, begin] = part.tolist()
+            mine |= zip(zip(b.keys, b.begins), (x.tolist() for x in found_N.cpu().split(b.trained)))
     everyone = {where: part for found in world.gather(mine) for where, part in found.items()}
     joined: dict[Key, list[float]] = {}
-    for key, begin in sorted(everyone):
-        joined.setdefault(key, []).extend(everyone[key, begin])
+    for (key, _), part in sorted(everyone.items()):
+        joined.setdefault(key, []).extend(part)
     return {key: torch.tensor(whole) for key, whole in joined.items()}
 
 
@@ -263,9 +259,8 @@ def learn(state: State, config: Config, pieces: Pieces, banned: Tensor, world: W
     return {**metrics, "skipped": 0.0 if finite else 1.0}
 
 
-def make_minibatches(
-    state: State, config: Config, dialogues: list[Dialogue], banned: Tensor, world: World
-) -> list[Pieces]:
+def make_minibatches(state: State, config: Config, dialogues: list[Dialogue], banned: Tensor,
+                     world: World) -> list[Pieces]:  # fmt: skip
     """The pieces of each optimiser step: whole dialogues, dealt out in a shuffled order."""
     items = {dialogue.key: trajectories(dialogue, config.think) for dialogue in dialogues}
     order = sorted(items, key=lambda key: hash_key(config.seed, state.step, *key))
@@ -274,38 +269,29 @@ def make_minibatches(
     return [make_pieces(part, config, world, banned) for part in parts if part]
 
 
-def update(
-    state: State, config: Config, dialogues: list[Dialogue], banned: Tensor,
-    world: World | None = None,
-) -> Metrics:  # fmt: skip
+def update(state: State, config: Config, dialogues: list[Dialogue], banned: Tensor,
+           world: World | None = None) -> Metrics:  # fmt: skip
     """All optimiser steps of an iteration on all ranks' dialogues; returns their mean metrics."""
     world = world or World()
     good = [dialogue for dialogue in dialogues if dialogue.completed and dialogue.turns]
     if config.learn_from:
-        final = {dialogue.key: dialogue.reward for dialogue in good}
-        chosen = grpo.most_varied(final, config.learn_from)
+        chosen = grpo.most_varied({d.key: d.reward for d in good}, config.learn_from)
         good = [dialogue for dialogue in good if dialogue.key in chosen]
-    if not good:  # nothing to learn from
-        return {"skipped": 1.0}
-    credit = config.credit
-    rewards = {dialogue.key: torch.tensor(token_rewards(dialogue, credit)) for dialogue in good}
+    rewards = {d.key: torch.tensor(token_rewards(d, config.credit)) for d in good}
     spans = {dialogue.key: [len(turn.sampled_ids) for turn in dialogue.turns] for dialogue in good}
-    if credit == "final":
+    if config.credit == "final":
         spans = {key: [sum(lengths)] for key, lengths in spans.items()}
     if config.algorithm == "grpo":
         vectors, metrics = grpo_vectors(config, rewards, spans)
         good = [dialogue for dialogue in good if dialogue.key in vectors["advantage"]]
-        minibatches = make_minibatches(state, config, good, banned, world)
-        pieces = [piece for part in minibatches for piece in part]
-        score(state, config, pieces, banned)
-    else:
-        minibatches = make_minibatches(state, config, good, banned, world)
-        pieces = [piece for part in minibatches for piece in part]
-        score(state, config, pieces, banned)
+    if not good:  # nothing to learn from, or every group had a single survivor
+        return {"skipped": 1.0}
+    minibatches = make_minibatches(state, config, good, banned, world)
+    pieces = [piece for part in minibatches for piece in part]
+    score(state, config, pieces, banned)
+    if config.algorithm == "ppo":
         value = by_dialogue(pieces, [piece.old_value for piece in pieces], world)
         vectors, metrics = ppo_vectors(config, rewards, spans, value)
-    if not pieces:  # every group had a single survivor
-        return {"skipped": 1.0}
     for name, found in vectors.items():
         scatter(pieces, found, name)
     set_learning_rates(state, config)
