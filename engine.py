@@ -237,8 +237,8 @@ class Engine:
         """Fetch what an ended row has sampled."""
         size = len(row.prompt)
         sampled = row.slot, slice(size, size + self.clock - row.begun + 1)
-        row.sampled, row.logps = self.ids[sampled].tolist(), self.logp[sampled].tolist()
-        row.values = self.value[sampled].tolist()
+        row.sampled, row.logps, row.values = (
+            x[sampled].tolist() for x in (self.ids, self.logp, self.value))
         full = size + row.cap == self.capacity
         row.stop = "eos" if code == EOS else "context" if full else "cap"
         self.held[row.slot] = row.prompt + row.sampled[:-1]

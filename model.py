@@ -236,9 +236,8 @@ class Transformer(nn.Module):
                 layers[0].packed = Packed(weights, biases) if wanted else None
         self.packed_output = Packed([self.output_weight], [None]) if wanted else None
 
-    def forward(
-        self, tokens_T: Tensor, position_T: Tensor, attend, adapter: str | None = "policy"
-    ) -> Tensor:
+    def forward(self, tokens_T: Tensor, position_T: Tensor, attend,
+                adapter: str | None = "policy") -> Tensor:  # fmt: skip
         """Final hidden states [T, D]; `attend(layer, q_THK, k_TGK, v_TGK)` returns [T, H, K]."""
         x = self.model.embed_tokens(tokens_T)
         rope = rope_tables(position_T, self.config.head_dim, self.config.rope_theta)
@@ -250,9 +249,8 @@ class Transformer(nn.Module):
         return self.model.norm(x)
 
 
-def add_adapters(
-    model: Transformer, names: list[str], rank: int, alpha: float, targets: list[str]
-) -> None:
+def add_adapters(model: Transformer, names: list[str], rank: int, alpha: float,
+                 targets: list[str]) -> None:  # fmt: skip
     """Freeze the model, put fp32 adapters beside the `targets` ("q_proj", ...) of every block."""
     model.requires_grad_(False)
     for path, layer in model.model.layers.named_modules():
@@ -323,7 +321,7 @@ class TokenLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, target_N, banned_V, temperature, entropy_gradient):
+    def forward(ctx, hidden_ND, weight_VD, target_N, banned_V, temperature, bonus):
         total_N, chosen_N, entropy_N = hidden_ND.new_empty(3, len(target_N), dtype=torch.float32)
         for s in chunks(hidden_ND, weight_VD):
             logits = sampling_logits(hidden_ND[s], weight_VD, banned_V, temperature)
@@ -336,7 +334,7 @@ class TokenLogprobs(torch.autograd.Function):
             entropy_N[s] = total_N[s] - mean
             del logits, odds  # or they would be there while the next chunk's are made
         ctx.save_for_backward(hidden_ND, weight_VD, target_N, banned_V, total_N, entropy_N)
-        ctx.temperature, ctx.entropy_gradient = temperature, entropy_gradient
+        ctx.temperature, ctx.bonus = temperature, bonus
         return chosen_N - total_N, entropy_N
 
     @staticmethod
@@ -348,16 +346,15 @@ class TokenLogprobs(torch.autograd.Function):
             logits = sampling_logits(hidden_ND[s], weight_VD, banned_V, ctx.temperature)
             logp = logits.sub_(total_N[s, None])
             scale = -grad_logp_N[s, None]
-            if ctx.entropy_gradient:
-                bonus = (logp + entropy_N[s, None]).mul_(-grad_entropy_N[s, None])
-                scale = bonus.add_(scale)
+            if ctx.bonus:
+                scale = (logp + entropy_N[s, None]).mul_(-grad_entropy_N[s, None]).add_(scale)
             slope = logp.exp_().mul_(scale)
             slope.scatter_add_(-1, target_N[s, None], grad_logp_N[s, None])
             slope = slope.div_(ctx.temperature).to(hidden_ND.dtype)
             grad_hidden[s] = linear(slope, weight_VD.t())
             if grad_weight is not None:
                 grad_weight.addmm_(slope.t(), hidden_ND[s])
-            logits = logp = scale = bonus = slope = None
+            del logits, logp, scale, slope
         return grad_hidden, grad_weight, None, None, None, None
 
 
@@ -368,20 +365,17 @@ def chunks(hidden_ND: Tensor, weight_VD: Tensor) -> list[slice]:
 
 
 def token_logprobs(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, banned_V: Tensor,
-                   temperature: float, entropy_gradient: bool = True
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+                   temperature: float, bonus: bool = True) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-probabilities of the targets, and entropies, of softmax(logits / temperature); fp32 [N].
 
     Banned ids have probability zero, as in the sampler. Logits [N, V] never exist as a whole. The
-    entropies have a gradient only if asked, since it costs a pass over the vocabulary.
+    entropies have a gradient only with `bonus`, since it costs a pass over the vocabulary.
     """
-    how = banned_V, temperature, entropy_gradient
-    return TokenLogprobs.apply(hidden_ND, weight_VD, target_N, *how)
+    return TokenLogprobs.apply(hidden_ND, weight_VD, target_N, banned_V, temperature, bonus)
 
 
-def sampling_logits(
-    hidden_ND: Tensor, output: Tensor | Packed, banned_V: Tensor, temperature: float
-) -> Tensor:
+def sampling_logits(hidden_ND: Tensor, output: Tensor | Packed, banned_V: Tensor,
+                    temperature: float) -> Tensor:  # fmt: skip
     """fp32 logits [N, V] to sample from and train on, over the temperature; banned ids: BANNED."""
     product = output(hidden_ND)[0] if isinstance(output, Packed) else linear(hidden_ND, output)
     logits = product.float().masked_fill_(banned_V, BANNED)

@@ -133,9 +133,8 @@ class Stage:
     def __init__(self, engine: Engine, chat: Chat, user: User, talk: Talk):
         self.engine, self.chat, self.user, self.talk = engine, chat, user, talk
 
-    def hold(
-        self, jobs: list[Job], seed: tuple[int, ...], progress=None, on_end=None, check=None
-    ) -> list[Dialogue]:
+    def hold(self, jobs: list[Job], seed: tuple[int, ...], progress=None, on_end=None,
+             check=None) -> list[Dialogue]:  # fmt: skip
         """Hold all the dialogues, more than slots if need be; returned in key order.
 
         All noise of a dialogue follows from its key and `seed`, for example (seed, step). A profile

@@ -50,7 +50,7 @@ def test_budgets_of_files_and_lines():
     top = [path for path in lines if path.parent == ROOT]
     assert len(top) <= 16
     # 3,700 before kernels.py, CUDA graphs, shared prompts and log-probabilities with a gradient of their own.
-    assert sum(len(lines[path]) for path in top) <= 4112
+    assert sum(len(lines[path]) for path in top) <= 4000
     # 472 of them are the offline user and its ear, which wait for a rewriting of their own.
     assert sum(len(lines[path]) for path in lines if path not in top) <= 1220
     assert {path.name: len(text) for path, text in lines.items() if len(text) > 400} == {}
@@ -65,8 +65,7 @@ def test_budgets_of_functions(name):
         assert size <= (150 if node.name == "main" else 80), f"{node.name} has {size} lines"
         every = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
         count = len([arg for arg in every if arg not in ("self", "cls", "ctx")])
-        # The engine's are what it consists of; everybody but tests makes one by rollout.make_engine.
-        assert count <= 6 or (name, node.name) == ("engine", "__init__"), f"{node.name} has {count} parameters"
+        assert count <= 6, f"{node.name} has {count} parameters"
 
 
 # --- no pointer leads nowhere
