@@ -10,7 +10,8 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -295,6 +296,16 @@ class LLMUser:
             return self.ask(s, "opening")
         s.said.append(("user", profile.first_talk))
         self.ready.append((key, UserTurn(profile.first_talk, s.emotion)))
+
+    def resume(self, key: Key, profile: Profile, said: Sequence[str], heard: Sequence[str],
+               emotion: float) -> None:  # fmt: skip
+        """Begin in the middle of a talk, after what was `said` and `heard`; nothing to poll."""
+        self.start(key, replace(profile, first_talk=said[0]), seed=0)
+        self.ready.pop()
+        s = self.sessions[key]
+        s.emotion = emotion
+        for reply, text in zip(heard, said[1:]):
+            s.said += [("partner", reply), ("user", text)]
 
     def tell(self, key: Key, reply: str) -> None:
         s = self.sessions[key]

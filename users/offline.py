@@ -42,6 +42,7 @@ LENGTHS = {"en": (3, 15, 120, 520), "zh": (4, 24, 260, 1100)}  # shortest, good 
 # Shared content units that ground a sentence by 63 %; new ones that add something; tokens of a sentence that counts.
 GROUND, NEW, WHOLE = {"en": 1.0, "zh": 1.4}, {"en": 3, "zh": 8}, {"en": 10, "zh": 16}
 NGRAM = {"en": 4, "zh": 6}  # length of the n-grams that are copied from the user
+TALK = {"en": 32, "zh": 60}  # longest turn that a feeling is added to
 SAID = {"en": (5, 34), "zh": (8, 85)}  # how long a fact may be to be told: words, characters
 
 
@@ -363,6 +364,8 @@ class OfflineUser:
             text = s.pick(answers[lead], "lead") + gap + s.pick([fact] if fact else answers["fillers"], "fact")
             if vanilla and len(s.said) % 4 == 2:
                 text += gap + lex.raw["hints"][profile.intention]
+            elif vanilla and len(tokens(text)) < TALK[lex.language]:
+                text += gap + s.pick(answers["feel_" + kind], "feel")  # something for a kind reply to answer to
             elif len(tokens(text)) < 12:
                 text += gap + s.pick(answers["fillers"], "more")
         return text, words["thinking"].format(**appraisal.features, band=letter, persona=kind, lead=lead, source=plan)
