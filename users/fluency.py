@@ -19,7 +19,7 @@ EXPECTED = {"en": -5.0, "zh": 9.0}  # a word more probable than this is no bette
 OTHER = {"en": -4.0, "zh": 0.0}  # what an everyday word costs that is not of the person's story
 FOREIGN = {"en": -8.0, "zh": 0.0}  # what any other word costs that is not of the story
 # Mean naturalness (of what is well said, of word salad): in one sentence, in a whole reply.
-NATURAL = {"en": ((-7.4, -8.6), (-6.75, -7.6)), "zh": ((-0.06, -0.78), (0.14, -0.2))}
+NATURAL = {"en": ((-7.2, -8.4), (-6.6, -7.4)), "zh": ((-0.06, -0.78), (0.14, -0.2))}
 RUN_ON = {"en": 36, "zh": 26}  # longest run of words without a comma
 
 

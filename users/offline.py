@@ -1,63 +1,50 @@
-"""The offline user: a sentient user that needs no language model.
+"""The offline user: a sentient user that needs no language model, fitted to what judges said.
 
-Hop one appraises a reply by features that can be checked by hand: its *moves* (naming feelings, advising, praising)
-and its *faults*. A move earns by being grounded: in a sound, new sentence tied to this person's story. Hop two tells
-the scene fact by fact, the nearest to the reply first, in a voice that fits persona and emotion. What shapes the reward
-is in the tables below and in data/offline/*.toml.
+Hop one measures named features of a reply and applies the coefficients of data/offline/*_fit.json,
+which scripts/calibrate.py fitted to replies judged blind (English) and to logs of a real sentient
+user (Chinese); guards that are not fitted stand before it. Hop two tells the scene fact by fact, the
+nearest to the reply first, in a voice that fits persona and emotion. docs/offline_user.md says what
+it rewards, how well it agrees with its judges, and what it cannot see.
 """
 
 import functools
 import hashlib
+import json
 import math
 import re
 import tomllib
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 from simulator import Appraisal, EmotionRules, Failed, Key, Profile, UserTurn, band, cjk_share
-from users.fluency import DATA, clip, naturalness, run_on, salad, sentences, stem, tokens
+from users.fluency import DATA, clip, naturalness, salad, sentences, stem, tokens
 
-VERSION = "1"  # raise it with every change here or in fluency.py that moves a golden appraisal (tests/test_golden.py)
-FAULTS = ("cliche", "lecture", "blame", "flattery", "markdown")
-# Emotion points of one grounded move, by hidden intention; negative: the wrong need, which costs grounded or not.
-WEIGHTS = {
-    #             valid  refl  quest growth advice praise motiv persp agree |  clich  lect  blame  flat  markd
-    "praise":    (2.4,   1.5,  0.5,  -1.0,  -2.0,   9.0, -0.5, -1.0,  1.0,    -1.5, -2.0, -5.0, -3.0, -1.5),
-    "listening": (6.5,   4.0,  4.5,  -1.0,  -6.0,   0.5, -1.0, -2.0,  0.5,    -2.0, -3.0, -5.0, -2.0, -2.5),
-    "empathy":   (7.5,   3.5,  1.0,  -1.0,  -3.5,   0.5, -1.2, -1.5,  0.5,    -3.0, -3.0, -5.0, -2.0, -2.5),
-    "agreement": (2.4,   1.5,  0.0,  -3.0,  -3.0,   0.5, -0.5, -3.0,  9.0,    -1.5, -2.5, -7.0, -2.0, -2.0),
-    "analysis":  (2.4,   1.5,  0.5,   0.5,  -0.5,  -0.5,  2.0,  9.0, -2.0,    -2.0, -2.0, -3.0, -2.0, -0.5),
-    "advice":    (2.4,   1.5,  0.5,  -1.0,   9.0,   0.0,  0.5,  0.5,  0.0,    -2.0, -1.5, -4.0, -2.0, -0.5),
-    "motives":   (2.4,   1.5,  0.5,  -0.5,  -2.0,  -0.5,  9.0,  1.0, -0.5,    -2.0, -2.5, -3.0, -2.0, -0.5),
-    "growth":    (2.4,   1.5,  2.5,   8.0,  -2.5,   0.0,  0.0,  1.0, -2.0,    -2.0, -2.5, -3.0, -2.0, -1.5),
-}
-PRIMARY = 2.5  # a move of at least this weight serves the intention
-PERSONA = {"negative": (0.85, 1.2), "passive": (1.0, 1.0), "avoidant": (1.0, 0.95)}  # factors on gains, on costs
-# Share that an ungrounded move keeps; most points of moves beside an unserved intention; cost of not serving it.
-MODES = {"vanilla": (0.25, 3.0, 1.8), "challenging": (0.05, 0.5, 2.8)}
-SOFTNESS = (6.5, 12.0)  # gains, costs: points p become 10 * (1 - exp(-p / softness)), so the second adds less
-COSTS = {"repetition": 5.0, "parroting": 5.0, "garbled": 8.0, "off_topic": 3.0, "cold": 2.5,
-         "wrong_language": 8.0, "stuffing": 4.0, "too_short": 1.5, "too_long": 6.0, "cut": 0.3, "interrogation": 3.0, "self_talk": 3.0}  # points at full strength, for any intention
-LENGTHS = {"en": (3, 15, 120, 520), "zh": (4, 24, 260, 1100)}  # shortest, good from, to, longest: words, characters
-# Shared content units that ground a sentence by 63 %; new ones that add something; tokens of a sentence that counts.
-GROUND, NEW, WHOLE = {"en": 1.0, "zh": 1.4}, {"en": 3, "zh": 8}, {"en": 10, "zh": 16}
-NGRAM = {"en": 4, "zh": 6}  # length of the n-grams that are copied from the user
-TALK = {"en": 32, "zh": 60}  # longest turn that a feeling is added to
+VERSION = "2"  # raise it with every change here or in fluency.py that moves a golden appraisal (tests/test_golden.py)
+MODES = ("vanilla", "challenging")
+LONG = {"en": (45, 400), "zh": (300, 1100)}  # tokens from which a reply is long; the length nobody reads
+NEAR = 12  # content units of one sentence of the story that belong together
 SAID = {"en": (5, 34), "zh": (8, 85)}  # how long a fact may be to be told: words, characters
+TALK = {"en": 32, "zh": 60}  # longest turn that a feeling is added to
 
 
 @functools.cache
 def lexicon(language: str) -> SimpleNamespace:
-    """data/offline/LANGUAGE.toml, compiled; `stop`: what no content unit holds (words, in Chinese characters)."""
+    """data/offline/LANGUAGE.toml and what was fitted; `stop`: what no content unit holds."""
     raw = tomllib.loads((DATA / f"{language}.toml").read_text(encoding="utf-8"))
-    english, edge = language == "en", r"(?<![\w'])(?:%s)(?!\w)" if language == "en" else "(?:%s)"
-    function = frozenset(raw["function_words"].split() if english else raw["function_words"])
-    return SimpleNamespace(
-        language=language, raw=raw, function=function, stop=function if english else frozenset(raw["stop_characters"]),
-        me=set("i i'm i've i'd i'll me my mine 我".split()), you=set("you you're you've you'd you'll your yours 你 您".split()),
-        generic={stem(word) if english else word for word in raw["generic_words"].split()},
-        cues={name: re.compile(edge % "|".join(cue.splitlines())) for name, cue in raw["cues"].items()},
-        frames=dict(zip(function, function)) | {x: kind for kind, xs in raw["frames"].items() for x in xs.split()})
+    fit = DATA / f"{language}_fit.json"
+    sets = {name: frozenset(text.split()) for name, text in raw["people"].items()}
+    kin = {word: line.split()[0] for line in raw["kin"].splitlines() for word in line.split()}
+    stop = frozenset(raw["function_words"].split() if language == "en" else raw["stop_characters"])
+    lex = SimpleNamespace(
+        language=language, raw=raw, stop=stop, kin=kin, fit=json.loads(fit.read_text(encoding="utf-8")) if fit.exists() else None,
+        generic=frozenset(), meta=re.compile(raw["meta"], re.I), **sets)
+    lex.generic = frozenset(units(raw["generic_words"], lex) if language == "en" else raw["generic_words"].split())
+    lex.cheer = frozenset(units(raw["cheerful"], lex) if language == "en" else raw["cheerful"].split())
+    lines = (DATA / f"{language}_talk.txt").read_text(encoding="utf-8").splitlines()
+    lex.talk, lex.lines = Counter(unit for line in lines for unit in set(units(line, lex))), len(lines)
+    return lex
 
 
 def user_hash() -> str:
@@ -66,214 +53,175 @@ def user_hash() -> str:
     return f"{VERSION}-{hashlib.sha256(data).hexdigest()[:8]}"
 
 
-def saturate(n: int) -> float:
-    """One instance counts for 0.8, two for 0.96; heaped up they count for less again."""
-    return clip(1 - 0.2**n - 0.25 * max(0, n - 3))
-
-
-def units(text: str, lex: SimpleNamespace) -> set[str]:
-    """Content units: English stems that are neither function nor generic words; Chinese pairs of content characters."""
+def units(text: str, lex: SimpleNamespace) -> list[str]:
+    """Content units in order: English stems of what is no function word; Chinese pairs of content characters."""
     if lex.language == "en":
-        words = {word for word in tokens(text) if word not in lex.stop and len(word) > 2}
-        return {stem(word) for word in words} - lex.generic
-    pairs = set(re.findall(r"(?=([\u4e00-\u9fff]{2}))", text))
-    return {pair for pair in pairs if lex.stop.isdisjoint(pair)} - lex.generic
+        return [stem(word) for word in tokens(text) if word not in lex.stop and len(word) > 2]
+    pairs = re.findall(r"(?=([\u4e00-\u9fff]{2}))", text)
+    return [pair for pair in pairs if lex.stop.isdisjoint(pair)]
 
 
-SAME = dict(zip("i you me my your mine yours i'm you're am are i've you've 我 你 您".split(),
-                "@ @ @ @s @s @s @s @is @is @is @is @has @has @ @ @".split()))
+def rare(unit: str, lex: SimpleNamespace) -> float:
+    """1 for a unit that friends' talk never holds, near 0 for one that every line holds."""
+    return 1 - math.log(1 + lex.talk[unit]) / math.log(1 + lex.lines)
 
 
-def copies(items: list[str], lex: SimpleNamespace) -> list[tuple[str, ...]]:
-    """N-grams with first and second person made equal: `my boss` copied as `your boss` is still a copy."""
-    return list(zip(*([SAME.get(item, item) for item in items][i:] for i in range(NGRAM[lex.language]))))
+def soft(x: float, half: float) -> float:
+    """0..1: how much of something there is, where `half` is already 63 % of it."""
+    return 1 - math.exp(-x / half)
 
 
-@functools.lru_cache(4096)
-def scene_facts(profile: Profile) -> tuple[set, re.Pattern, re.Pattern]:
-    """Content units of a scene; what names the others in it (capitals, Chinese family names); that or `I`, `you`."""
-    lex, scene = lexicon(profile.language), profile.scene
-    if profile.language == "en":
-        names = {name.lower() for name in re.findall(r"(?<=[a-z,] )[A-Z][a-z]{2,}", scene)} - lex.function
-    else:
-        found = [x for n in "12" for x in re.findall(f"(?=([{lex.raw['surnames']}][一-龥]{{{n}}}))", scene)]
-        names = {name for name in found if found.count(name) > 3 and lex.stop.isdisjoint(name)}
-    others = "|".join([lex.cues["third"].pattern, *sorted(names)])
-    return units(scene, lex), re.compile(others), re.compile(r"\bi\b|\byou\b|我|你|" + others)
+def grams(items: list[str], n: int) -> list[tuple[str, ...]]:
+    return list(zip(*(items[i:] for i in range(n))))
 
 
-def story(profile: Profile, said: list[str], lex: SimpleNamespace) -> SimpleNamespace:
-    """What a reply can be tied to: units of the scene, of all and of the last that was said, n-grams to copy."""
-    scene, others, who = scene_facts(profile)
-    copied = {gram for text in said for gram in copies(tokens(text), lex)}
-    said, last = (units(" ".join(part), lex) for part in (said, said[-1:]))
-    words = said | scene | (set(tokens(profile.scene)) if profile.language == "zh" else set())
-    return SimpleNamespace(lex=lex, words=words, said=said, scene=scene - said, last=last, copied=copied, others=others, who=who)
+def pairs(items: list[str], reach: int) -> set[frozenset]:
+    """Pairs of different units that stand within `reach` of each other."""
+    return {frozenset((a, b)) for i, a in enumerate(items) for b in items[i + 1 : i + 1 + reach] if a != b}
 
 
-@dataclass
-class Sentence:
-    """A sentence of the reply, what its cues are, and how far a move in it counts."""
-    text: str  # lower-cased
-    before: str  # the two sentences before it, for moves that span some
-    items: list[str]
-    told: SimpleNamespace  # the story it is held against
-    logps: tuple | list = ()  # of its words in the speech of a good friend
-    # tied to this person's story by its own words; or by a neighbour's; well-formed; how far it has the form of one
-    # said before; share of its tokens copied from the user; neither said before nor copied
-    ground = tied = sound = again = copied = fresh = 0.0
-
-    def has(self, family: str, wide: bool = False) -> int:
-        """How many different cues of a family it holds; wide: together with the sentences before it."""
-        if (key := (family, wide)) not in self.counts:
-            self.counts[key] = len({match.group() for match in self.told.lex.cues[family].finditer(self.span[wide])})
-        return self.counts[key]
-
-    def to_user(self, wide: bool = False) -> bool:
-        return bool(re.search(r"\byou|你|您", self.span[wide]))
-
-    def minds(self, family: str = "mental") -> int:
-        """Words of a family whose owner, the last person named before them, is neither user nor speaker."""
-        before = [self.text[: match.start()] for match in self.told.lex.cues[family].finditer(self.text)]
-        return sum((self.told.who.findall(text) or ["i"])[-1] not in ("i", "you", "我", "你") for text in before)
-
-    def __post_init__(self):
-        self.counts, self.span = {}, (self.text, f"{self.before} {self.text}")
-        self.asks = bool(re.search(r"[?？]|[吗呢]$", self.text))
-        clauses = re.findall(r"[^\s,，?？.。][^,，?？.。]*", self.text)
-        self.stock = any(self.told.lex.cues["stock_question"].fullmatch(clause) for clause in clauses)
-        self.invites = self.to_user(wide=True) and (self.asks or self.has("wonder") > 0)
-        self.imperative = self.told.lex.cues["imperative"].match(self.text) is not None
-
-
-# How much of each move a sentence makes, 0..1, whether or not it is grounded.
-DETECTORS = {
-    "validation": lambda s: saturate(s.has("feeling")) * (1 - s.asks / 2) * (s.has("validate") > 0 or s.to_user() / 2)
-    * (1.0 if s.to_user() else 0.25 if s.minds("feeling") else 0.5 + 0.4 * s.to_user(wide=True)),
-    "reflection": lambda s: 0.0 if s.asks or s.has("lecture") or s.has("blame") or DETECTORS["advice"](s) > 0.3
-    else s.to_user() * (0.5 + 0.5 * (s.has("past_act") + s.has("feeling") > 0)),
-    "question": lambda s: s.asks * (0.15 if s.stock else 1.0 if s.has("open_question") else 0.6)
-    * (1 - 0.6 * DETECTORS["growth"](s)) if s.asks else 0.6 * saturate(s.has("invite")),
-    "growth": lambda s: saturate(s.has("growth")) * saturate(s.has("inward")) * s.invites,
-    "advice": lambda s: 0.35 + 0.65 * saturate(s.has("concrete")) ** 2
-    if (s.has("advice") or s.imperative) and (not s.asks or s.has("proposal")) and not s.has("invite") else 0.0,
-    "praise": lambda s: saturate(s.has("praise")) * clip(0.3 + s.has("past_act", wide=True)) * s.to_user(wide=True),
-    "motives": lambda s: saturate(s.has("cause")) * saturate(s.minds()),
-    "perspectives": lambda s: (s.has("contrast") > 0) * (1 - s.asks / 2) * saturate(min(3, s.has("weigh", wide=True)))
-    * (0.4 + 0.35 * (s.told.others.search(s.span[1]) is not None) + 0.25 * s.to_user(wide=True)),
-    "agreement": lambda s: 0.0 if s.asks or s.has("blame") else saturate(s.has("agreement")),
-}
-MOVES = tuple(DETECTORS)
+def owned(text: str, me: frozenset, lex: SimpleNamespace, names: frozenset) -> list[tuple[str, str]]:
+    """(content unit, whose it is: "me", "other" or "" if nobody was named in the six words before it)."""
+    found = []
+    for part in sentences(text):
+        owner, since = "", 9
+        for word in tokens(part):
+            mine = word in me
+            if mine or word in lex.others or word in lex.kin or word in names:
+                owner, since = "me" if mine else "other", 0
+            since += 1
+            if word not in lex.stop and len(word) > 2:
+                found.append((stem(word), owner if since <= 6 else ""))
+    return found
 
 
 @functools.lru_cache(4096)
-def skeleton(text: str, language: str) -> frozenset:
-    """Three-grams of a sentence whose content words are blank: what is left of a formula that changes all its words."""
-    items = [lexicon(language).frames.get(item, "_") for item in tokens(text)]
-    items = [item for item, previous in zip(items, ["", *items]) if (item, previous) != ("_", "_")]
-    return frozenset(zip(items, items[1:], items[2:]))
+def story(profile: Profile, said: tuple[str, ...]) -> SimpleNamespace:
+    """What a reply is held against: the units of scene, persona and talk, which of them belong together, whose."""
+    lex = lexicon(profile.language)
+    told, whole = " ".join(said), f"{profile.scene} {profile.persona} {' '.join(said)}"
+    parts = [units(part, lex) for text in (profile.scene, profile.persona, *said) for part in sentences(text)]
+    names = frozenset(n.lower() for n in re.findall(r"(?<=[a-z,] )[A-Z][a-z]{2,}", profile.scene)) - lex.stop
+    owners: dict[str, set[str]] = {}
+    for text in (profile.scene, *said):
+        for unit, owner in owned(text, lex.me, lex, names):
+            owners.setdefault(unit, set()).add(owner)
+    words = {unit for part in parts for unit in part}
+    return SimpleNamespace(
+        words=words, own=words - lex.generic, talk=set(units(told, lex)), last=set(units(said[-1], lex)), names=names,
+        near=set().union(*(pairs(part, NEAR) for part in parts)), owners=owners, all=words | set(tokens(whole)),
+        kin={lex.kin[word] for word in tokens(whole) if word in lex.kin},
+        said={gram for text in said for gram in grams(tokens(text), 4)})
 
 
-def read(reply: str, told: SimpleNamespace, earlier: list[str], lex: SimpleNamespace) -> list[Sentence]:
-    """The reply's sentences, each measured for ground, soundness and freshness."""
-    n_copy, parts, result, lent = NGRAM[lex.language], sentences(reply.replace("您", "你")), [], 0.0
-    frames = [skeleton(part, lex.language) for text in earlier for part in sentences(text)]
-    for part in parts:
-        items, own, frame = tokens(part), units(part, lex), skeleton(part, lex.language)
-        s = Sentence(part.lower().replace("’", "'"), " ".join(s.text for s in result[-2:]), items, told)
-        s.ground = 1 - math.exp(-(len(own & told.said) + 0.6 * len(own & told.scene)) / GROUND[lex.language])
-        s.logps = naturalness(part, told.words, lex.language, cut=part is parts[-1] and re.search(r"\w$", part) is not None)
-        loops = clip(0.6 - len(set(items)) / len(items)) if items else 0.0
-        s.sound = 1 - clip(salad(s.logps, 0, lex.language) + 4 * loops + 4 * run_on(part, lex.language))
-        alike = max((2 * len(frame & old) / (len(frame) + len(old)) for old in frames if frame), default=0.0)
-        s.again = clip((alike - 0.4) / 0.4) if frame else float(part in " ".join(earlier))
-        frames.append(frame)  # a reply that loops repeats itself too
-        known = [k for k, gram in enumerate(copies(items, lex)) if gram in told.copied]
-        s.copied = len({j for k in known for j in range(k, k + n_copy)}) / max(1, len(items))
-        s.fresh = (1 - clip((s.again - 0.3) / 0.35)) * (1 - clip((s.copied - 0.5) / 0.4))
-        listed = sum(len(tokens(match.group())) for match in lex.cues["listing"].finditer(s.text)) / max(1, len(items))
-        s.fresh *= clip(0.3 + len(items) / WHOLE[lex.language]) * (1 - clip((listed - 0.3) / 0.3))
-        result.append(s)
-    for s, after in zip(result, [*(s.ground for s in result[1:]), 0.0]):  # "that" and "it" borrow their ground
-        s.tied = max(s.ground, 0.7 * lent, 0.5 * after)
-        lent = s.tied * s.sound * s.fresh
-    return result
+def measure(profile: Profile, said: list[str], heard: list[str], reply: str) -> dict[str, float]:
+    """All named features of a reply, 0..1 each."""
+    lex, told = lexicon(profile.language), story(profile, tuple(said))
+    items, content, parts = tokens(reply), units(reply, lex), sentences(reply)
+    size, mine, count = max(1, len(items)), set(content) & told.own, max(3, len(content))
+    shared = [pairs([unit for unit in units(part, lex) if unit in mine], 4) for part in parts]
+    shared = set().union(*shared)
+    kin = {lex.kin[word] for word in items if word in lex.kin}
+    owner = Counter()
+    for unit, who in owned(reply, lex.you, lex, told.names):
+        if who and unit in told.owners and unit not in lex.generic:
+            owner[bool(told.owners[unit] & {who, ""})] += rare(unit, lex)
+    threes, before = grams(items, 3), {gram for text in heard for gram in grams(tokens(text), 3)}
+    fours, long = grams(items, 4), LONG[lex.language]
+    logps = [naturalness(part, told.all, lex.language, cut=False) for part in parts]
+    return {
+        "story": soft(sum(rare(unit, lex) for unit in mine), 1.5),
+        "talk": soft(sum(rare(unit, lex) for unit in mine & told.talk), 1.0),
+        "last": soft(sum(rare(unit, lex) for unit in mine & told.last), 1.0),
+        "known": sum(unit in mine for unit in content) / count,
+        "foreign": sum(unit not in told.words and lex.talk[unit] < 3 for unit in content) / count,
+        "strangers": soft(len({u for u in content if u not in told.words and lex.talk[u] < 3}), 3),
+        "joined": soft(len(shared & told.near), 2), "misjoined": soft(len(shared - told.near), 2),
+        "kin": soft(len(kin & told.kin), 1.4), "wrong_kin": soft(len(kin - told.kin), 1.0),
+        "owner": soft(owner[True], 2), "wrong_owner": soft(owner[False], 1.5),
+        "cheer": soft(sum(unit in lex.cheer for unit in content), 1.4),
+        "meta": soft(len(lex.meta.findall(reply)), 1.4),
+        "marks": soft(len(re.findall(r"[\n\"“”*#\[\]{}<>/|;:()]", reply)), 2),
+        "me": soft(sum(word in lex.me for word in items), 2),
+        "you": clip(6 * sum(word in lex.you for word in items) / size),
+        "loops": 1 - len(set(threes)) / max(1, len(threes)),
+        "again": sum(gram in before for gram in threes) / max(1, len(threes)),
+        "copied": sum(gram in told.said for gram in fours) / max(1, len(fours)),
+        "cut": float(re.search(r"[\w,]\s*$", reply) is not None), "asks": clip(len(re.findall("[?？]", reply)) / 2),
+        "run_on": clip((max((len(tokens(part)) for part in parts), default=0) - 28) / 20),
+        "short": clip((8 - size) / 8), "length": clip(size / long[0]), "long": clip(size / long[0] - 1),
+        "garbled": salad([x for part in logps for x in part], 1, lex.language),
+        "worst": max((salad(part, 0, lex.language) for part in logps), default=0.0),
+    }
 
 
-def measure(profile: Profile, mode: str, said: list[str], earlier: list[str], reply: str) -> dict[str, float]:
-    """All named features of a reply, 0..1: moves (`raw_`: grounded or not), FAULTS, COSTS, `ground` and `new`."""
-    lex, f, kinds, floor = lexicon(profile.language), {}, [], MODES[mode][0]
-    parts = read(reply, told := story(profile, said, lex), earlier, lex)
-    for move, detector in DETECTORS.items():
-        raw = [detector(s) for s in parts]
-        # giving back is nothing without what is given back, so reflection has no floor and borrows no ground
-        tied = [s.ground if move == "reflection" else floor + (1 - floor) * s.tied for s in parts]
-        worth = sorted((r * g * s.sound * s.fresh for r, g, s in zip(raw, tied, parts)), reverse=True)
-        f[move] = clip(sum(worth[:1]) + 0.2 * sum(worth[1:2]))
-        f["raw_" + move] = clip(sum(raw) / max(1.2, len(parts) / 3))
-        kinds.append([r >= 0.6 for r in raw])
-    f |= {name: 1 - 0.45 ** (sum(s.has(name) for s in parts) / max(1, len(parts) / 4)) for name in FAULTS[:3]}
-    f["flattery"] = max((DETECTORS["praise"](s) * (1 - s.tied) for s in parts), default=0.0)
-    f["markdown"] = clip(len(re.findall(r"^\s*(?:[-*•#>]|\d+[.)、])\s|\*\*|```|__", reply, re.M)) / 4)
-    size = max(1, sum(len(s.items) for s in parts))
-    f["repetition"] = clip((sum(s.again * len(s.items) for s in parts) / size - 0.3) / 0.35)
-    f["parroting"] = clip((sum(s.copied * len(s.items) for s in parts) / size - 0.5) / 0.4)
-    junk = len(re.findall(r"<[|/\w][^>]*>|\{\{|\\\\n|\ufffd|[^\w\s]{5,}|(.)\1{4,}", reply)) / 3
-    f["garbled"] = clip(salad([x for s in parts for x in s.logps], 1, lex.language) + junk
-                        + clip(2.8 * sum((1 - s.sound) * len(s.items) for s in parts) / size - 0.2))
+# Products of features: good words count as far as they are about this person, facts as far as they are right.
+PRODUCTS = (("story", "tone"), ("story", "need"), ("last", "need"), ("story", "foreign"), ("story", "wrong_kin"),
+            ("story", "cheer"), ("joined", "wrong_owner"), ("talk", "misjoined"), ("length", "known"), ("turn", "story"))
+
+
+def phrases(reply: str, language: str) -> set[str]:
+    """The n-grams that the fitted word list is of: one or two English words, one to three Chinese characters."""
+    if language == "en":
+        items = re.findall(r"[a-z]+(?:'[a-z]+)?|[?!]", reply.lower().replace("’", "'"))
+        return {*items, *map(" ".join, grams(items, 2))}
+    items = re.findall(r"[\u4e00-\u9fff]+|[？！?!*#]", reply)
+    return {part[i : i + n] for part in items for n in (1, 2, 3) for i in range(len(part) - n + 1)}
+
+
+def wording(reply: str, profile: Profile, fit: dict) -> tuple[float, float]:
+    """(tone, need), each -1..1: how far words please anybody, and how far they serve this intention."""
+    found = phrases(reply, profile.language)
+    sums = [sum(fit["words"][gram].get(key, 0.0) for gram in found if gram in fit["words"])
+            for key in ("all", profile.intention)]
+    tone, need = (x / math.sqrt(max(9, len(found))) / limit for x, limit in zip(sums, fit["limits"]))
+    return max(-1.0, min(1.0, tone)), max(-1.0, min(1.0, need))
+
+
+def with_context(f: dict[str, float], profile: Profile, turn: int, emotion: float) -> dict[str, float]:
+    """The features, with what is not of the reply, and the products; `tone` and `need` are in `f` already."""
+    f = f | {"turn": min(1.0, turn / 4), "emotion": emotion / 50 - 1, "emotion2": (emotion / 50 - 1) ** 2}
+    f |= {f"persona_{kind}": float(profile.persona_type == kind) for kind in ("negative", "avoidant")}
+    return f | {f"{a} x {b}": f[a] * f[b] for a, b in PRODUCTS}
+
+
+def terms(f: dict[str, float], profile: Profile, fit: dict) -> dict[str, float]:
+    """What each feature adds to the log-odds of a good reply, by name."""
+    return {name: f[name] * (w.get("all", 0.0) + w.get(profile.intention, 0.0)) for name, w in fit["features"].items()}
+
+
+def guards(f: dict[str, float], profile: Profile, reply: str) -> float:
+    """0..1, not fitted: how far a reply is empty, noise, of another language, a loop, a copy, or far too long."""
+    size, (_, longest) = len(tokens(reply)), LONG[profile.language]
     chinese = cjk_share("".join(re.findall(r"\w", reply)))
-    f["wrong_language"] = clip((chinese if profile.language == "en" else 0.7 - chinese) * 2.5) if parts else 0.0
-    shortest, enough, fine, longest = LENGTHS[profile.language]
-    crowd = max(map(sum, zip(*kinds)), default=0)  # kinds of moves in one sentence
-    f["stuffing"] = clip(max((sum(map(any, kinds)) - 4.5 - size / fine) / 2, (crowd - 3.5) / 1.5))
-    f["too_short"], f["too_long"] = clip((enough - size) / (enough - shortest)), clip((size - fine) / (longest - fine))
-    f["cut"] = float(bool(parts) and re.search(r"\w\s*$", reply) is not None)
-    f["ground"] = max((s.ground * s.sound * s.fresh for s in parts), default=0.0)
-    kind = max(f["raw_" + move] for move in MOVES if move not in ("reflection", "question"))
-    f["off_topic"] = clip(1 - 1.2 * max(f["ground"], 0.4 * kind))
-    f["cold"] = clip(1 - 1.2 * max(kind, 0.8 * f["question"], 0.7 * f["cliche"]))
-    me, you = (sum(sum(item in words for item in s.items) for s in parts) for words in (lex.me, lex.you))
-    f["self_talk"] = clip((me - you - 1) / 3)
-    f["interrogation"] = clip((sum(s.asks for s in parts) - 1.5) / 1.5)
-    f["new"] = clip(len(units(reply, lex) - told.last) / NEW[profile.language])
-    return f
+    wrong = (chinese if profile.language == "en" else 0.7 - chinese) * 2.5
+    junk = len(re.findall(r"<[|/\w][^>]*>|\{\{|\\\\n|\ufffd|[^\w\s]{5,}|(.)\1{4,}", reply)) / 2
+    return max(float(size == 0), clip(wrong), clip(junk), clip(size / longest - 1), clip((f["again"] - 0.5) / 0.3),
+               clip((f["copied"] - 0.4) / 0.4), clip((f["loops"] - 0.2) / 0.3))
 
 
-def score(f: dict[str, float], profile: Profile, mode: str) -> tuple[float, float]:
-    """(change of emotion, -10..10; share of the hidden intention that was served, 0..1) of a reply's features."""
-    (_, warmth, unmet), (gain, cost) = MODES[mode], PERSONA[profile.persona_type]
-    weights = dict(zip((*MOVES, *FAULTS), WEIGHTS[profile.intention]))
-    points = {move: weights[move] * f[move] for move in MOVES if weights[move] > 0}
-    leads = [move for move in points if weights[move] >= PRIMARY and move != "reflection"]
-    own, other = max(f[move] for move in leads), max(f[move] for move in MOVES[3:] if move not in leads)
-    points["reflection"] *= 0.2 + 0.8 * clip(own / 0.5)
-    core = sum(points[move] for move in points if weights[move] >= PRIMARY)
-    core *= 1 - 0.8 * clip(1.4 * (other - own))  # done in passing while the reply is about something else
-    gate = f["new"] * (1 - 0.7 * f["too_short"]) * (1 - f["too_long"])
-    gate *= math.prod(1 - f[name] for name in ("repetition", "parroting", "wrong_language", "stuffing"))
-    gate *= 1 - clip(2 * f["garbled"])
-    served = clip(core / 6) * gate
-    beside = sum(points[move] for move in points if weights[move] < PRIMARY)
-    earned = (core + max(min(beside, warmth), beside * served)) * gate
-    spent = unmet * (1 - served) + sum(points * f[fault] for fault, points in COSTS.items())
-    spent += sum(max(0.0, -weights[move]) * f["raw_" + move] for move in MOVES) - sum(weights[x] * f[x] for x in FAULTS)
-    good, bad = (10 - 10 * math.exp(-points / softness) for points, softness in zip((earned, spent), SOFTNESS))
-    return round(max(-10.0, min(10.0, gain * good - cost * bad)), 1), served
-
-
-def appraise(profile: Profile, mode: str, user_text_so_far: list[str], earlier_replies: list[str],
-             reply: str) -> Appraisal:
+def appraise(profile: Profile, mode: str, said: list[str], heard: list[str], reply: str, emotion: float = 50.0) -> Appraisal:
     """Hop one: what a reply said, whether it served the hidden intention, and by how much emotion moves (-10..10)."""
-    f = measure(profile, mode, user_text_so_far, earlier_replies, reply)
-    change, f["served"] = score(f, profile, mode)
-    words, comma = lexicon(profile.language).raw["words"], ", " if profile.language == "en" else "、"
-    moves = comma.join(words[move] for move in MOVES if f["raw_" + move] >= 0.5) or words["nothing"]
-    faults = comma.join(words[name] for name in (*FAULTS, *COSTS) if f[name] >= 0.3) or words["nothing"]
+    lex = lexicon(profile.language)
+    f = measure(profile, said, heard, reply)
+    f["tone"], f["need"] = wording(reply, profile, lex.fit)
+    f = with_context(f, profile, len(heard), emotion)
+    added, served = terms(f, profile, lex.fit), clip(0.5 + f["need"])
+    change = 20 / (1 + math.exp(-lex.fit["intercept"] - sum(added.values()))) - 10
+    if mode == "challenging" and change > 0:
+        change *= served  # moved by what the intention wants alone
+    guard = guards(f, profile, reply)
+    change = round(min(change, change * (1 - guard) - 9 * guard), 1)
+    words, comma = lex.raw["words"], ", " if profile.language == "en" else "、"
+    order = sorted((name for name in added if name in lex.raw["features"]), key=added.get)
+    good, bad = ([lex.raw["features"][name] for name in names if abs(added[name]) > 0.3][:3] or [words["nothing"]]
+                 for names in (order[::-1] if added else [], order))
     mood = words["good" if change > 1 else "bad" if change < -1 else "flat"]
-    served = words["served" if f["served"] > 0.6 else "partly" if f["served"] > 0.25 else "missed"]
-    activity = words["activity"].format(mood=mood, why=words["about_me" if f["ground"] > 0.5 else "about_any"])
-    return Appraisal(words["content"].format(moves=moves), served, activity, words["analyse"].format(
-        change=change, faults=faults), change, {name: round(float(value), 3) for name, value in f.items()})
+    activity = words["activity"].format(mood=mood, why=words["about_me" if f["story"] > 0.5 else "about_any"])
+    shown = {name: round(float(value), 3) for name, value in f.items() if " x " not in name}
+    return Appraisal(
+        words["content"].format(moves=comma.join(good)), words["served" if served > 0.7 else "partly" if served > 0.4 else "missed"],
+        activity, words["analyse"].format(change=change, faults=comma.join(bad)), change, shown | {"served": served, "guard": guard})
 
 
 @functools.lru_cache(4096)
@@ -333,9 +281,14 @@ class OfflineUser:
         s.said.append(text)
         self.ready[key] = UserTurn(text, s.emotion)
 
+    def resume(self, key: Key, profile: Profile, said: Sequence[str], heard: Sequence[str], emotion: float) -> None:
+        """Begin in the middle of a talk, after what was `said` and `heard`; nothing to poll."""
+        used = {fact for fact in facts(profile) if any(fact in text for text in said)}
+        self.sessions[key] = Session(profile, 0, emotion, list(said), list(heard), used)
+
     def tell(self, key: Key, reply: str) -> None:
         s = self.sessions[key]
-        appraisal = appraise(s.profile, self.mode, s.said, s.heard, reply)
+        appraisal = appraise(s.profile, self.mode, s.said, s.heard, reply, s.emotion)
         s.emotion = round(self.rules.step(s.emotion, change := self.rules.change(appraisal.change)), 1)
         text, thinking = self.answer(s, reply, appraisal, ended := self.rules.ending(s.emotion))
         s.heard, s.said = [*s.heard, reply], [*s.said, text]
@@ -357,9 +310,9 @@ class OfflineUser:
         else:
             if vanilla and abs(appraisal.change) > 1.5 and len(s.said) % 3:  # a challenging user hides what it feels
                 lead = "heard" if appraisal.change > 0 else "missed"
-            asked, gap = units(reply, lex), " " * (profile.language == "en")
+            asked, gap = set(units(reply, lex)), " " * (profile.language == "en")
             left = [fact for fact in facts(profile) if fact not in s.used]
-            fact = max(left, key=lambda fact: len(units(fact, lex) & asked), default=None)  # the first of equals
+            fact = max(left, key=lambda fact: len(set(units(fact, lex)) & asked), default=None)  # the first of equals
             plan = words["fact"].format(n=len(facts(profile)) - len(left)) if fact else words["filler"]
             text = s.pick(answers[lead], "lead") + gap + s.pick([fact] if fact else answers["fillers"], "fact")
             if vanilla and len(s.said) % 4 == 2:
