@@ -29,7 +29,7 @@ UP = "story talk last known joined kin owner tone need".split()
 DOWN = """foreign strangers wrong_kin wrong_owner cheer meta marks me loops again copied cut
 run_on short long garbled worst""".split()  # the logs' replies are never cut, short or salad
 LEAST = {"en": 4, "zh": 60}  # replies that hold a phrase of the list
-RIDGE, CROSSED, WORDS, NEEDS = 0.02, 0.2, 0.01, 0.02  # of features, by intention, of words, by intention
+RIDGE, WORDS, NEEDS = 0.02, 0.01, 0.02  # of features, of words, of words by intention
 FOLDS = 6
 
 
@@ -103,14 +103,10 @@ def fit(rows: Rows, mine: np.ndarray) -> tuple[dict, np.ndarray]:
     raw[~mine] = all_raw[~mine]
     limits = np.percentile(abs(raw[mine]), 97, axis=0)
     table, names = rows.table(np.clip(raw / limits, -1, 1))
-    own = [table * (rows.intention == key)[:, None] for key in INTENTIONS]
-    X = np.concatenate([table, *own], 1)
-    ridge = np.repeat([RIDGE, CROSSED], [len(names), len(names) * len(own)])
-    w = fit_glm(X[mine], rows.y[mine], ridge, [bound(n) for n in names] + [(None, None)] * (X.shape[1] - len(names)))
-    weights = w[1:].reshape(-1, len(names))
-    features = {name: dict(zip(("all", *INTENTIONS), map(float, weights[:, j]))) for j, name in enumerate(names)}
+    w = fit_glm(table[mine], rows.y[mine], np.full(len(names), RIDGE), [bound(name) for name in names])
+    features = {name: float(x) for name, x in zip(names, w[1:])}
     fitted = {"intercept": float(w[0]), "limits": limits.tolist(), "features": features, "words": words}
-    return fitted, 20 / (1 + np.exp(-(X @ w[1:] + w[0]))) - 10
+    return fitted, 20 / (1 + np.exp(-(table @ w[1:] + w[0]))) - 10
 
 
 def english(judge: str) -> tuple[Rows, list[dict]]:
@@ -123,6 +119,27 @@ def english(judge: str) -> tuple[Rows, list[dict]]:
     return Rows([i.profile for i in items], features, [i.reply for i in items], y, context), [row for row, _ in pairs]
 
 
+def chinese(paths: list[str]) -> tuple[Rows, np.ndarray]:
+    """The scored replies of SAGE's logs, and the tested model of each."""
+    profiles, features, replies, y, context, models = [], [], [], [], [], []
+    for path in paths:
+        for where, row in read_rows(Path(path)):
+            keys = {key: row[key] for key in ("id", "player", "scene", "task")}
+            person = parse_profile(keys | {"main_cha": row["character"], "language": "zh"}, where)
+            said, heard, emotion = [], [], EmotionRules().start
+            for turn, after in zip(row["history"], row["history"][1:] + [{}]):
+                if turn["role"] == "user":
+                    said, emotion = [*said, turn["content"]], turn["emotion-point"]
+                    continue
+                if "planning" in after:
+                    profiles.append(person), replies.append(turn["content"]), context.append((len(heard), emotion))
+                    features.append(measure(person, said, heard, turn["content"]))
+                    y.append(EmotionRules().change(float(after["planning"]["change"])))
+                    models.append(Path(path).name)
+                heard.append(turn["content"])
+    return Rows(profiles, features, replies, y, context), np.array(models)
+
+
 def trimmed(table: dict[str, dict], least: float) -> dict[str, dict]:
     """Weights of at least this size, rounded; names with none left out."""
     kept = {name: {key: round(float(w), 2) for key, w in row.items() if abs(w) >= least} for name, row in table.items()}
@@ -131,7 +148,7 @@ def trimmed(table: dict[str, dict], least: float) -> dict[str, dict]:
 
 def save(fitted: dict, figures: dict, language: str, command: str) -> Path:
     """Write data/offline/LANGUAGE_fit.json, a line a feature and a phrase, by weight."""
-    features, words = trimmed(fitted["features"], 0.01), trimmed(fitted["words"], 0.1)
+    features, words = {k: round(w, 2) for k, w in fitted["features"].items() if abs(w) > 0.005}, trimmed(fitted["words"], 0.1)
     order = sorted(words, key=lambda name: -max(map(abs, words[name].values())))
     head = {"made_by": command, "measured_on_unseen_people": figures, "intercept": round(fitted["intercept"], 3),
             "limits": [round(x, 3) for x in fitted["limits"]]}  # fmt: skip

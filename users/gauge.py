@@ -21,7 +21,7 @@ from simulator import Failed, Profile, User, load_profiles, parse_profile
 JUDGED = Path(__file__).parent.parent / "data" / "judged"
 # Rungs from the worst reply to the best, and the sources of judged replies that stand on each.
 LADDER = {
-    "silence": (), "shuffled words": ("shuffled",), "echo": ("echo",),
+    "shuffled words": ("shuffled",), "echo": ("echo",),
     "another person's good reply": ("wrong_person",), "the small model at temperature 1": ("smollm2 T 1.0",),
     "the small model at 0.6": ("smollm2 T 0.6",), "a formula for everybody": ("formula",),
     "good for the wrong need": ("wrong_need",), "good": ("good_plain", "good_other", "good_short"),
@@ -111,31 +111,35 @@ def bootstrap(values: dict[str, list[float]], rounds: int = 2000) -> tuple[float
     return float(np.nanmean(points)), float(low), float(high)
 
 
-def row_of(name: str, values: dict[str, list[float]], judges: list[float]) -> dict:
-    """A line of a table: mean change with its interval over people, beside the judges' mean."""
-    mean, low, high = bootstrap(values)
-    n = sum(len(found) for found in values.values())
-    return {"name": name, "n": n, "mean": mean, "low": low, "high": high,
-            "judges": float(np.mean(judges)) if judges else None}  # fmt: skip
+
+def summed(name: str, pairs: list[tuple[str, float]], judges: list[float] | None = None) -> dict:
+    """A line of a table: the mean of (person, change) over people with its 95 % interval."""
+    people: dict[str, list[float]] = defaultdict(list)
+    for who, change in pairs:
+        people[who].append(change)
+    mean, low, high = bootstrap(people)
+    judged = float(np.mean(judges)) if judges else None
+    return {"name": name, "n": len(pairs), "mean": mean, "low": low, "high": high, "judges": judged}
 
 
 def ladder(user: User, rows: list[tuple[dict, Item]], found: np.ndarray) -> list[dict]:
-    """One line a rung; `in_order` says whether no lower rung has a higher mean, `apart` ..."""
-    lines = []
+    """Mean change on each rung, from silence to good replies."""
+    people = {item.profile.id: item for _, item in rows}
+    silence = [replace(item, said=item.said[:1], heard=(), reply="") for item in people.values()]
+    lines = [summed("silence", [*zip(people, changes(user, silence))])]
     for rung, sources in LADDER.items():
         mine = [n for n, (row, _) in enumerate(rows) if row["source"] in sources]
-        items = [rows[n][1] for n in mine] or first_words(rows)
-        values, people = (found[mine] if mine else changes(user, items)), defaultdict(list)
-        for item, value in zip(items, values):
-            people[item.profile.id].append(value)
-        lines.append(row_of(rung, people, [judged(rows[n][0]) for n in mine]))
+        pairs = [(rows[n][0]["profile"], found[n]) for n in mine]
+        lines.append(summed(rung, pairs, [judged(rows[n][0]) for n in mine]))
     return lines
 
 
-def first_words(rows: list[tuple[dict, Item]]) -> list[Item]:
-    """Silence in answer to each person's first words."""
-    people = {item.profile.id: item for _, item in rows}
-    return [replace(item, said=item.said[:1], heard=(), reply="") for item in people.values()]
+def out_of_order(lines: list[dict]) -> list[str]:
+    """What is wrong with a ladder: a rung above the next one, or two of APART whose intervals meet."""
+    wrong = [f"{a['name']} ({a['mean']:+.1f}) is not below {b['name']} ({b['mean']:+.1f})"
+             for a, b in zip(lines, lines[1:]) if not a["mean"] < b["mean"]]
+    rung = {line["name"]: line for line in lines}
+    return wrong + [f"the intervals of {a} and {b} meet" for a, b in APART if not rung[a]["high"] < rung[b]["low"]]
 
 
 def judged(row: dict) -> float:
@@ -144,17 +148,81 @@ def judged(row: dict) -> float:
 
 
 def agreement(rows: list[tuple[dict, Item]], found: np.ndarray) -> dict:
-    """With the judges over all replies and over the small model's own, and mean errors by source."""
-    a, b = (np.array([row[k]["change"] for row, _ in rows]) for k in "ab")
-    source = np.array([row["source"] for row, _ in rows])
-    both, own = (a + b) / 2, np.array([name.startswith(OWN) for name in source])
-    lines = []
-    for name in sorted(set(source), key=lambda name: -both[source == name].mean()):
-        mine = source == name
-        values = {"": 0}
-        lines.append({"name": str(name), "n": int(mine.sum()), "mean": float(np.nanmean(found[mine])),
-                      "judges": float(both[mine].mean()), "judges_differ": float(a[mine].mean() - b[mine].mean())})
+    """With the judges, over all replies and over those of models of ours; the mean by source."""
+    a, b = (np.array([row[judge]["change"] for row, _ in rows]) for judge in "ab")
+    source, both = np.array([row["source"] for row, _ in rows]), (a + b) / 2
+    own = np.array([name.startswith(OWN) for name in source])
+    lines = [summed(str(name), [(rows[n][0]["profile"], found[n]) for n in np.flatnonzero(source == name)],
+                    list(both[source == name])) for name in sorted(set(source))]  # fmt: skip
     return {"n": len(rows), "spearman": spearman(found, both), "judges": spearman(a, b),
             "own": spearman(found[own], both[own]), "own_judges": spearman(a[own], b[own]),
-            "error": float(np.nanmean(abs(found - both))), "judges_error": float(abs(a - b).mean()),
-            "sources": lines}  # fmt: skip
+            "error": float(abs(found - both).mean()), "judges_error": float(abs(a - b).mean()),
+            "sources": sorted(lines, key=lambda line: -line["judges"])}  # fmt: skip
+
+
+def attacks(user: User, people: dict[str, Profile]) -> list[dict]:
+    """Of each table of attacks: how many bring nothing, how many good replies bring something."""
+    lines = []
+    for path in sorted(JUDGED.glob("attacks*.jsonl")):
+        pairs = read_items(path.name, people)
+        found = changes(user, [item for _, item in pairs])
+        for kind in ("attack", "good"):
+            mine = np.array([row["kind"] == kind for row, _ in pairs])
+            right = found[mine] > 0 if kind == "good" else found[mine] <= 0
+            lines.append({"table": path.stem, "kind": kind, "n": int(mine.sum()), "right": int(right.sum()),
+                          "mean": float(found[mine].mean())})  # fmt: skip
+    return lines
+
+
+def say(user: User, states: list[Item], reply: str) -> list[Item]:
+    """A reply said to everybody; those whose talk is over (`reply` "bye") stay as they are."""
+    open_ = [replace(state, reply=reply) for state in states if state.reply != "bye"]
+    after = iter([
+        replace(item, said=(*item.said, turn.text), heard=(*item.heard, reply), emotion=turn.emotion,
+                reply="bye" if turn.ended else "") for item, turn in zip(open_, turns(user, open_))])
+    return [state if state.reply == "bye" else next(after) for state in states]
+
+
+def best_script(user: User, people: list[Profile], bank: list[str], swaps: int = 20) -> dict:
+    """The replies that please most when said to everybody: greedy over a bank, then swaps.
+
+    Raising the mean final emotion is all that counts; talks that have ended keep theirs.
+    """
+    begin = [Item(p, (p.first_talk,), (), "") for p in people]
+
+    def value(states: list[Item]) -> float:
+        return float(np.mean([state.emotion for state in states]))
+
+    def play(script: list[str]) -> float:
+        states = begin
+        for line in script:
+            states = say(user, states, line)
+        return value(states)
+
+    script, states, first = [], begin, {}
+    for _ in tqdm(range(SCRIPT), desc="best script", leave=False):
+        after = {line: say(user, states, line) for line in bank if line not in script}
+        first = first or {line: value(found) for line, found in after.items()}
+        script.append(max(after, key=lambda line: value(after[line])))
+        states = after[script[-1]]
+    best = value(states)
+    favourites = sorted(first, key=first.get)[-swaps:]
+    for place in tqdm(range(SCRIPT), desc="swaps", leave=False):
+        for line in favourites:
+            other = [*script[:place], line, *script[place + 1 :]]
+            if line not in script and (now := play(other)) > best:
+                script, best = other, now
+    return {"final": best, "script": script}
+
+
+def good_talks(user: User, people: dict[str, Profile]) -> dict:
+    """Where good hand-written replies to these people end."""
+    ends = {}
+    for where, row in read_rows(JUDGED / "good_talks.jsonl"):
+        person = people[row["profile"]]
+        state = [Item(person, (person.first_talk,), (), "")]
+        for reply in row["replies"]:
+            state = say(user, state, reply)
+        ends[person.id] = [state[0].emotion]
+    mean, low, high = bootstrap(ends)
+    return {"n": len(ends), "final": mean, "low": low, "high": high}

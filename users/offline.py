@@ -96,48 +96,49 @@ def owned(text: str, me: frozenset, lex: SimpleNamespace, names: frozenset) -> l
 
 
 @functools.lru_cache(4096)
-def story(profile: Profile, said: tuple[str, ...]) -> SimpleNamespace:
-    """What a reply is held against: the units of scene, persona and talk, which of them belong together, whose."""
-    lex = lexicon(profile.language)
-    told, whole = " ".join(said), f"{profile.scene} {profile.persona} {' '.join(said)}"
-    parts = [units(part, lex) for text in (profile.scene, profile.persona, *said) for part in sentences(text)]
-    names = frozenset(n.lower() for n in re.findall(r"(?<=[a-z,] )[A-Z][a-z]{2,}", profile.scene)) - lex.stop
+def told_in(text: str, language: str) -> SimpleNamespace:
+    """What a text tells: its units, which of them stand in one sentence, and whose they are."""
+    lex = lexicon(language)
+    parts = [units(part, lex) for part in sentences(text)]
+    names = frozenset(n.lower() for n in re.findall(r"(?<=[a-z,] )[A-Z][a-z]{2,}", text)) - lex.stop
     owners: dict[str, set[str]] = {}
-    for text in (profile.scene, *said):
-        for unit, owner in owned(text, lex.me, lex, names):
-            owners.setdefault(unit, set()).add(owner)
-    words = {unit for part in parts for unit in part}
-    return SimpleNamespace(
-        words=words, own=words - lex.generic, talk=set(units(told, lex)), last=set(units(said[-1], lex)), names=names,
-        near=set().union(*(pairs(part, NEAR) for part in parts)), owners=owners, all=words | set(tokens(whole)),
-        kin={lex.kin[word] for word in tokens(whole) if word in lex.kin},
-        said={gram for text in said for gram in grams(tokens(text), 4)})
+    for unit, owner in owned(text, lex.me, lex, names):
+        owners.setdefault(unit, set()).add(owner)
+    near, items = set().union(*(pairs(part, NEAR) for part in parts)), tokens(text)
+    kin = {lex.kin[word] for word in items if word in lex.kin}
+    return SimpleNamespace(words={unit for part in parts for unit in part}, near=near, names=names, owners=owners,
+                           kin=kin, items=set(items), fours=set(grams(items, 4)))
 
 
 def measure(profile: Profile, said: list[str], heard: list[str], reply: str) -> dict[str, float]:
     """All named features of a reply, 0..1 each."""
-    lex, told = lexicon(profile.language), story(profile, tuple(said))
+    lex = lexicon(profile.language)
     items, content, parts = tokens(reply), units(reply, lex), sentences(reply)
-    size, mine, count = max(1, len(items)), set(content) & told.own, max(3, len(content))
-    shared = [pairs([unit for unit in units(part, lex) if unit in mine], 4) for part in parts]
-    shared = set().union(*shared)
-    kin = {lex.kin[word] for word in items if word in lex.kin}
+    talk = [told_in(text, profile.language) for text in said]
+    texts = [told_in(text, profile.language) for text in (profile.scene, profile.persona)] + talk
+    words, said_words = (set().union(*(t.words for t in found)) for found in (texts, talk))
+    mine, size, count = (set(content) & words) - lex.generic, max(1, len(items)), max(3, len(content))
+    shared = set().union(*(pairs([u for u in units(part, lex) if u in mine], 4) for part in parts))
+    joined = {pair for pair in shared if any(pair in t.near for t in texts)}
+    kin, known_kin = {lex.kin[word] for word in items if word in lex.kin}, set().union(*(t.kin for t in texts))
     owner = Counter()
-    for unit, who in owned(reply, lex.you, lex, told.names):
-        if who and unit in told.owners and unit not in lex.generic:
-            owner[bool(told.owners[unit] & {who, ""})] += rare(unit, lex)
+    for unit, who in owned(reply, lex.you, lex, texts[0].names):
+        whose = set().union(*(t.owners.get(unit, ()) for t in texts))
+        if who and whose and unit not in lex.generic:
+            owner[bool(whose & {who, ""})] += rare(unit, lex)
     threes, before = grams(items, 3), {gram for text in heard for gram in grams(tokens(text), 3)}
     fours, long = grams(items, 4), LONG[lex.language]
-    logps = [naturalness(part, told.all, lex.language, cut=False) for part in parts]
+    every = words | set().union(*(t.items for t in texts))
+    logps = [naturalness(part, every, lex.language, cut=False) for part in parts]
     return {
         "story": soft(sum(rare(unit, lex) for unit in mine), 1.5),
-        "talk": soft(sum(rare(unit, lex) for unit in mine & told.talk), 1.0),
-        "last": soft(sum(rare(unit, lex) for unit in mine & told.last), 1.0),
+        "talk": soft(sum(rare(unit, lex) for unit in mine & said_words), 1.0),
+        "last": soft(sum(rare(unit, lex) for unit in mine & talk[-1].words), 1.0),
         "known": sum(unit in mine for unit in content) / count,
-        "foreign": sum(unit not in told.words and lex.talk[unit] < 3 for unit in content) / count,
-        "strangers": soft(len({u for u in content if u not in told.words and lex.talk[u] < 3}), 3),
-        "joined": soft(len(shared & told.near), 2), "misjoined": soft(len(shared - told.near), 2),
-        "kin": soft(len(kin & told.kin), 1.4), "wrong_kin": soft(len(kin - told.kin), 1.0),
+        "foreign": sum(unit not in words and lex.talk[unit] < 3 for unit in content) / count,
+        "strangers": soft(len({u for u in content if u not in words and lex.talk[u] < 3}), 3),
+        "joined": soft(len(joined), 2), "misjoined": soft(len(shared - joined), 2),
+        "kin": soft(len(kin & known_kin), 1.4), "wrong_kin": soft(len(kin - known_kin), 1.0),
         "owner": soft(owner[True], 2), "wrong_owner": soft(owner[False], 1.5),
         "cheer": soft(sum(unit in lex.cheer for unit in content), 1.4),
         "meta": soft(len(lex.meta.findall(reply)), 1.4),
@@ -146,7 +147,7 @@ def measure(profile: Profile, said: list[str], heard: list[str], reply: str) -> 
         "you": clip(6 * sum(word in lex.you for word in items) / size),
         "loops": 1 - len(set(threes)) / max(1, len(threes)),
         "again": sum(gram in before for gram in threes) / max(1, len(threes)),
-        "copied": sum(gram in told.said for gram in fours) / max(1, len(fours)),
+        "copied": sum(any(gram in t.fours for t in talk) for gram in fours) / max(1, len(fours)),
         "cut": float(re.search(r"[\w,]\s*$", reply) is not None), "asks": clip(len(re.findall("[?？]", reply)) / 2),
         "run_on": clip((max((len(tokens(part)) for part in parts), default=0) - 28) / 20),
         "short": clip((8 - size) / 8), "length": clip(size / long[0]), "long": clip(size / long[0] - 1),
@@ -185,11 +186,6 @@ def with_context(f: dict[str, float], profile: Profile, turn: int, emotion: floa
     return f | {f"{a} x {b}": f[a] * f[b] for a, b in PRODUCTS}
 
 
-def terms(f: dict[str, float], profile: Profile, fit: dict) -> dict[str, float]:
-    """What each feature adds to the log-odds of a good reply, by name."""
-    return {name: f[name] * (w.get("all", 0.0) + w.get(profile.intention, 0.0)) for name, w in fit["features"].items()}
-
-
 def guards(f: dict[str, float], profile: Profile, reply: str) -> float:
     """0..1, not fitted: how far a reply is empty, noise, of another language, a loop, a copy, or far too long."""
     size, (_, longest) = len(tokens(reply)), LONG[profile.language]
@@ -206,7 +202,8 @@ def appraise(profile: Profile, mode: str, said: list[str], heard: list[str], rep
     f = measure(profile, said, heard, reply)
     f["tone"], f["need"] = wording(reply, profile, lex.fit)
     f = with_context(f, profile, len(heard), emotion)
-    added, served = terms(f, profile, lex.fit), clip(0.5 + f["need"])
+    added = {name: weight * f[name] for name, weight in lex.fit["features"].items()}  # to the log-odds of a good reply
+    served = clip(0.5 + f["need"])
     change = 20 / (1 + math.exp(-lex.fit["intercept"] - sum(added.values()))) - 10
     if mode == "challenging" and change > 0:
         change *= served  # moved by what the intention wants alone
