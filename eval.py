@@ -5,6 +5,7 @@
     python eval.py score LOG... [--json]        score, success, failure, by intention and persona
     python eval.py verify LOG...                recompute every emotion and reward
     python eval.py compare LOG_A LOG_B          paired bootstrap of the difference
+    python eval.py gauge key=value ... [logs=GLOB] [script=off] [--json]    a bench for users
 
 The protocol is SAGE's (arXiv 2505.02847, section 2): emotion starts at 40, the model replies at
 most 10 times, a tenth reply is not appraised; score = mean final emotion, success = at 100,
@@ -17,6 +18,7 @@ import json
 import sys
 from collections import Counter
 from dataclasses import asdict, replace
+from glob import glob
 from pathlib import Path
 
 import torch
@@ -25,7 +27,7 @@ from tqdm import tqdm
 from checkpoint import (check_files, checkpoints, load_checkpoint, load_model,  # isort: skip
                         save_adapter, save_model)  # fmt: skip
 from config import (Config, InputError, add_rows, help_text, load_config, own_rows,  # isort: skip
-                    read_json, read_saved, save_config, without_nan, write_rows)  # fmt: skip
+                    read_json, read_saved, require, save_config, without_nan, write_rows)  # fmt: skip
 from score import (by_profile, interval, mismatches, paired_bootstrap, read_log,  # isort: skip
                    score_line, score_text, summary)  # fmt: skip
 from chat import load_tokenizer, make_chat
@@ -35,8 +37,9 @@ from rollout import MAX_FAILED, Dialogue, Job, Stage, log_line, make_engine, mak
 from rundir import check_writable, use_kernels
 from simulator import load_profiles
 from update import make_model
-from users import make_user, user_name
+from users import gauge, make_user, user_name
 from users.llm_user import LLMUser, prompt_folders, usage_metrics
+from users.shadow import second_look
 
 EVAL_STREAM = 1 << 32  # takes the place of a training step's number, and no step reaches it
 MEGABYTE = 1 << 20
@@ -238,12 +241,13 @@ def write_evaluation(folder: Path, config: Config, settings: dict, rows: list, c
     """Write dialogues.jsonl, result.txt and result.json, with settings; returns the summary."""
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / "dialogues.jsonl", rows)
-    text = "\n".join(f"{key}: {value}" for key, value in (settings | cost).items())
+    looked = second_look(rows)  # nothing that it says is trained on
+    text = "\n".join(f"{key}: {value}" for key, value in (settings | cost | looked).items())
     numbered = [{**row, "line": i} for i, row in enumerate(rows, 1)]
     table = score_text(str(folder / "dialogues.jsonl"), numbered)
     (folder / "result.txt").write_text(f"{text}\n\n{table}\n")
     save_config(config, folder / "config.json")
-    result = summary(rows)
+    result = summary(rows) | looked
     seeds = {seed: summary([r for r in rows if r["seed"] == seed]) for seed in settings["seeds"]}
     whole = {**without_nan(result), "interval": interval(rows) if result["n"] else None,
              "seeds": [{"seed": seed, **without_nan(found)} for seed, found in seeds.items()],
@@ -300,8 +304,22 @@ def command_compare(argv: list[str]) -> int:
     return 0
 
 
+def command_gauge(argv: list[str]) -> int:
+    """The bench of users/gauge.py for the user of a config; exit code 1 if a rung is out of order."""
+    own = dict(arg.split("=", 1) for arg in argv if arg.startswith(("logs=", "script=")))
+    config = load_config([a for a in argv if a != "--json" and not a.startswith(("logs=", "script="))])
+    require(own.get("script", "on") in ("on", "off"), f"script is {own.get('script')!r}; give on or off")
+    logs = sorted(glob(own["logs"])) if "logs" in own else []
+    require(logs or "logs" not in own, f"{own.get('logs')}: no such log")
+    user = make_user(config, gauge.START, config.user_mode)
+    table = {"user": user_name(config, config.user_mode)}
+    table |= gauge.gauge(user, logs, own.get("script", "on") == "on")
+    print(json.dumps(without_nan(table), indent=1) if "--json" in argv else f"{table['user']}\n{gauge.text(table)}")
+    return 1 if table["wrong"] else 0
+
+
 COMMANDS = {"run": command_run, "export": command_export, "score": command_score,
-            "verify": command_verify, "compare": command_compare}  # fmt: skip
+            "verify": command_verify, "compare": command_compare, "gauge": command_gauge}  # fmt: skip
 
 
 def main(argv: list[str]) -> int:

@@ -44,6 +44,7 @@ from simulator import Profile, User, hash_key, load_profiles
 from update import State, build, update
 from users import make_user
 from users.llm_user import LLMUser, usage_metrics
+from users.shadow import parted
 
 ORDER_STREAM = 2  # keeps the order of profiles apart from other uses of the seed
 MAX_SKIPPED = 5  # non-finite steps in a row before a run gives up
@@ -217,7 +218,11 @@ def evaluate_step(run: Run, state: State, tokenizer) -> None:
             return run.say(f"ALARM evaluation {step}: {failed} users failed; it has no score")
         about = describe(config, f"{run.folder} step {step}", world)
         result = write_evaluation(run.folder / "eval" / f"step_{step}", config, about, rows, cost)
-        scores = {f"eval/{key}": result[key] for key in ("score", "success", "failure")}
+        kept = ("score", "success", "failure", "shadow", "formula/commonest", "formula/similarity")
+        scores = {f"eval/{key}": result[key] for key in kept if key in result}
+        earlier = [old for old in before if "eval/shadow" in old]
+        if "eval/shadow" in scores and (warning := parted(earlier[-1] if earlier else {}, scores)):
+            run.say(f"ALARM evaluation {step}: {warning}")
         write_rows(path, [*before, row | scores])
         write_scalars(run.board, scores, step)
 

@@ -13,6 +13,7 @@ bound. Whatever is printed is measured on people that the fit has not seen.
 import json
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,10 @@ import scipy.sparse as sp
 from scipy.optimize import minimize
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from config import read_rows  # noqa: E402
-from simulator import INTENTIONS, EmotionRules, Profile, parse_profile  # noqa: E402
-from users.gauge import everybody, read_items, spearman  # noqa: E402
+from simulator import INTENTIONS  # noqa: E402
+from users.gauge import Item, everybody, read_items, read_sage, sage_figures, spearman  # noqa: E402
 from users.offline import DATA, measure, phrases, user_hash, with_context  # noqa: E402
+from users.shadow import BUCKETS, NAMES, listen  # noqa: E402
 
 UP = "story talk last known joined kin owner tone need".split()
 DOWN = """foreign strangers wrong_kin wrong_owner cheer meta marks me loops again copied cut
@@ -48,14 +49,15 @@ def fit_glm(X, y: np.ndarray, ridge: np.ndarray, bounds: list | None = None) -> 
 
 
 class Rows:
-    """Replies with what was measured of them: `features` (list of dicts), phrases, intention, person, y [N]."""
+    """Replies with what was measured of them: features, phrases, intention, person; y [N] is what they brought."""
 
-    def __init__(self, profiles: list[Profile], features: list[dict], replies: list[str], y, context):
-        self.profiles, self.features, self.y, self.context = profiles, features, np.array(y), context
-        self.phrases = [phrases(reply, p.language) for reply, p in zip(replies, profiles)]
-        self.intention = np.array([p.intention for p in profiles])
-        self.people = np.array([p.id for p in profiles])
-        self.language = profiles[0].language
+    def __init__(self, items: list[Item], y):
+        self.items, self.y = items, np.array(y)
+        self.features = [measure(i.profile, list(i.said), list(i.heard), i.reply) for i in items]
+        self.phrases = [phrases(i.reply, i.profile.language) for i in items]
+        self.intention = np.array([i.profile.intention for i in items])
+        self.people = np.array([i.profile.id for i in items])
+        self.language = items[0].profile.language
 
     def folds(self, mine: np.ndarray, count: int) -> np.ndarray:
         """Number of each row's fold, by person: -1 outside `mine`."""
@@ -65,8 +67,8 @@ class Rows:
 
     def table(self, found: np.ndarray) -> tuple[np.ndarray, list[str]]:
         """[N, D] of all features; `found` [N, 2] holds tone and need."""
-        rows = [with_context(f | {"tone": t, "need": n}, p, *c)
-                for f, (t, n), p, c in zip(self.features, found, self.profiles, self.context)]
+        rows = [with_context(f | {"tone": t, "need": n}, i.profile, len(i.heard), i.emotion)
+                for f, (t, n), i in zip(self.features, found, self.items)]
         return np.array([list(row.values()) for row in rows]), list(rows[0])
 
 
@@ -110,34 +112,40 @@ def fit(rows: Rows, mine: np.ndarray) -> tuple[dict, np.ndarray]:
 
 
 def english(judge: str) -> tuple[Rows, list[dict]]:
-    """The judged replies by one judge's numbers."""
+    """The judged replies with one judge's numbers; their emotion is unknown, and left at the middle."""
     pairs = read_items("en.jsonl", everybody())
-    items = [item for _, item in pairs]
-    features = [measure(i.profile, list(i.said), list(i.heard), i.reply) for i in items]
-    context = [(len(item.heard), 50.0) for item in items]
-    y = [row[judge]["change"] for row, _ in pairs]
-    return Rows([i.profile for i in items], features, [i.reply for i in items], y, context), [row for row, _ in pairs]
+    items = [replace(item, emotion=50.0) for _, item in pairs]
+    return Rows(items, [row[judge]["change"] for row, _ in pairs]), [row for row, _ in pairs]
 
 
-def chinese(paths: list[str]) -> tuple[Rows, np.ndarray]:
-    """The scored replies of SAGE's logs, and the tested model of each."""
-    profiles, features, replies, y, context, models = [], [], [], [], [], []
-    for path in paths:
-        for where, row in read_rows(Path(path)):
-            keys = {key: row[key] for key in ("id", "player", "scene", "task")}
-            person = parse_profile(keys | {"main_cha": row["character"], "language": "zh"}, where)
-            said, heard, emotion = [], [], EmotionRules().start
-            for turn, after in zip(row["history"], row["history"][1:] + [{}]):
-                if turn["role"] == "user":
-                    said, emotion = [*said, turn["content"]], turn["emotion-point"]
-                    continue
-                if "planning" in after:
-                    profiles.append(person), replies.append(turn["content"]), context.append((len(heard), emotion))
-                    features.append(measure(person, said, heard, turn["content"]))
-                    y.append(EmotionRules().change(float(after["planning"]["change"])))
-                    models.append(Path(path).name)
-                heard.append(turn["content"])
-    return Rows(profiles, features, replies, y, context), np.array(models)
+def second_ear() -> dict:
+    """The shadow's coefficients, fitted to the other judge by users/shadow.py's features."""
+    pairs = read_items("en.jsonl", everybody())
+    heard = [listen(i.profile.scene, i.profile.persona, list(i.said), list(i.heard), i.reply) for _, i in pairs]
+    named, y = np.array([named for named, _ in heard]), np.array([row["b"]["change"] for row, _ in pairs])
+    where = [(n, j, 1 / np.sqrt(max(20, len(found)))) for n, (_, found) in enumerate(heard) for j in found]
+    i, j, x = zip(*where)
+    W = sp.csr_matrix((x, (i, j)), (len(pairs), BUCKETS))
+    X = sp.hstack([sp.csr_matrix(named), W, W.multiply(named[:, 1:3].max(1)[:, None])]).tocsr()
+    seen = np.array([row["split"] == "fit" for row, _ in pairs])
+    w = fit_glm(X[seen], y[seen], np.repeat([RIDGE, WORDS], [len(NAMES), 2 * BUCKETS]))
+    predicted = 20 / (1 + np.exp(-(X @ w[1:] + w[0]))) - 10
+    both = np.array([(row["a"]["change"] + row["b"]["change"]) / 2 for row, _ in pairs])
+    figures = {"spearman": round(spearman(predicted[~seen], both[~seen]), 3),
+               "mean_error": round(float(abs(predicted - both)[~seen].mean()), 2)}  # fmt: skip
+    named, alone, about = np.split(np.round(w[1:], 2), [len(NAMES), len(NAMES) + BUCKETS])
+    return {"measured_on_unseen_people": figures, "intercept": round(float(w[0]), 3), "named": named.tolist(),
+            "alone": alone.tolist(), "about": about.tolist()}  # fmt: skip
+
+
+def left_out(rows: Rows, models: np.ndarray) -> dict:
+    """The figures of `gauge.sage_figures`, people and tested models both left out of the fit."""
+    fold, predicted = rows.folds(np.ones(len(models), bool), 3), np.zeros(len(models))
+    for model in sorted(set(models)):
+        for k in range(3):
+            test = (models == model) & (fold == k)
+            predicted[test] = fit(rows, (models != model) & (fold != k))[1][test]
+    return {k: v for k, v in sage_figures(rows.items, rows.y, models, predicted).items() if k != "models"}
 
 
 def trimmed(table: dict[str, dict], least: float) -> dict[str, dict]:
@@ -163,12 +171,21 @@ def save(fitted: dict, figures: dict, language: str, command: str) -> Path:
 
 def main(argv: list[str]) -> None:
     language, command = argv[0], "python scripts/calibrate.py " + " ".join(argv)
-    rows, raw = english("a")
-    seen = np.array([row["split"] == "fit" for row in raw])
-    fitted, predicted = fit(rows, seen)
-    both = np.array([(row["a"]["change"] + row["b"]["change"]) / 2 for row in raw])
-    figures = {"replies": int((~seen).sum()), "spearman": round(spearman(predicted[~seen], both[~seen]), 3),
-               "mean_error": round(float(abs(predicted - both)[~seen].mean()), 2)}  # fmt: skip
+    if language == "zh":
+        items, real, models = read_sage(argv[1:])
+        rows = Rows(items, real)
+        figures = left_out(rows, models)
+        fitted = fit(rows, np.ones(len(rows.y), bool))[0]
+    else:
+        rows, raw = english("a")
+        seen = np.array([row["split"] == "fit" for row in raw])
+        fitted, predicted = fit(rows, seen)
+        both = np.array([(row["a"]["change"] + row["b"]["change"]) / 2 for row in raw])
+        figures = {"replies": int((~seen).sum()), "spearman": round(spearman(predicted[~seen], both[~seen]), 3),
+                   "mean_error": round(float(abs(predicted - both)[~seen].mean()), 2)}  # fmt: skip
+        shadow = {"made_by": command, **second_ear()}
+        (DATA / "en_shadow.json").write_text(json.dumps(shadow).replace(', "', ',\n"') + "\n", encoding="utf-8")
+        print("the second ear", shadow["measured_on_unseen_people"])
     print(figures, save(fitted, figures, language, command), user_hash())
 
 

@@ -4,14 +4,18 @@ shows them.
     python scripts/demo.py configs/demo.py [key=value ...]
 """
 
+import shutil
 import subprocess
 import sys
+import textwrap
 import time
+from itertools import zip_longest
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from config import InputError, load_config  # noqa: E402
+from config import InputError, load_config, read_json  # noqa: E402
+from score import read_log  # noqa: E402
 from simulator import load_profiles  # noqa: E402
 from users import user_name  # noqa: E402
 
@@ -22,6 +26,36 @@ def run(*command: str) -> None:
     done = subprocess.run([sys.executable, *command], cwd=ROOT)
     if done.returncode:
         sys.exit(done.returncode)
+
+
+def comparison(before: Path, after: Path) -> str:
+    """Both ears and the measures of formula before and after, and two talks side by side."""
+    found = [read_json(folder / "result.json") for folder in (before, after)]
+    shown = {"score": "final emotion, by the user", "shadow": "by the second ear (never trained on)",
+             "formula/commonest": "share of replies with the commonest 4 words",
+             "formula/similarity": "likeness of replies to different people"}  # fmt: skip
+    lines = [f"{'':<46}{'before':>8}{'after':>8}"]
+    for key, name in shown.items():
+        if key in found[1]:
+            lines.append(f"{name:<46}" + "".join(f"{result[key]:>8.2f}" for result in found))
+    logs = [{row["id"]: row for row in read_log(str(folder / "dialogues.jsonl"))} for folder in (before, after)]
+    wide = max(80, min(160, shutil.get_terminal_size().columns)) // 2 - 2
+    for who in sorted(logs[0].keys() & logs[1].keys())[:2]:
+        sides = [talk(log[who], wide) for log in logs]
+        lines += ["", f"{who}: before | after"]
+        lines += [f"{left:<{wide}} | {right}" for left, right in zip_longest(*sides, fillvalue="")]
+    return "\n".join(lines)
+
+
+def talk(row: dict, wide: int, turns: int = 2) -> list[str]:
+    """The beginning of a logged dialogue as lines of a column."""
+    lines = []
+    for message in row["history"][: 2 * turns + 1]:
+        mark = f"[{message['emotion-point']:g}] " if message["role"] == "user" else "    > "
+        # Model text is untrusted: no control character of it reaches the terminal.
+        plain = "".join(c if c.isprintable() else " " for c in message["content"])
+        lines += textwrap.wrap(mark + plain, wide, subsequent_indent="      ") or [mark]
+    return lines
 
 
 def main(argv: list[str]) -> None:
@@ -50,6 +84,7 @@ expect     about ten minutes on two CPU cores""")
     if not (ROOT / after / "result.json").exists():
         run("eval.py", "run", f"{config.run}/model", *argv, f"out={after}")
     run("eval.py", "compare", f"{before}/dialogues.jsonl", f"{after}/dialogues.jsonl")
+    print("\n" + comparison(ROOT / before, ROOT / after))
     minutes = (time.time() - begun) / 60
     print(
         f"\n{minutes:.1f} minutes. Read the dialogues: {before}/dialogues.jsonl, {after}/dialogues.jsonl. "

@@ -6,7 +6,6 @@ beside the judges' own agreement; agreement with logs of a real sentient user; r
 and the script of eight replies that pleases most when it is said to everybody regardless.
 """
 
-import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import read_rows
-from simulator import Failed, Profile, User, load_profiles, parse_profile
+from simulator import EmotionRules, Failed, Profile, User, load_profiles, parse_profile
 
 JUDGED = Path(__file__).parent.parent / "data" / "judged"
 # Rungs from the worst reply to the best, and the sources of judged replies that stand on each.
@@ -71,7 +70,7 @@ def turns(user: User, items: list[Item]) -> list:
     found, told = {}, defaultdict(int)
     for n, item in enumerate(items):
         if hasattr(user, "resume"):
-            user.resume((n, 0), item.profile, n, item.said, item.heard, item.emotion)
+            user.resume((n, 0), item.profile, item.said, item.heard, item.emotion)
             told[n] = len(item.heard) + 1
             user.tell((n, 0), item.reply)
         else:
@@ -218,7 +217,7 @@ def best_script(user: User, people: list[Profile], bank: list[str], swaps: int =
 def good_talks(user: User, people: dict[str, Profile]) -> dict:
     """Where good hand-written replies to these people end."""
     ends = {}
-    for where, row in read_rows(JUDGED / "good_talks.jsonl"):
+    for _, row in read_rows(JUDGED / "good_talks.jsonl"):
         person = people[row["profile"]]
         state = [Item(person, (person.first_talk,), (), "")]
         for reply in row["replies"]:
@@ -226,3 +225,93 @@ def good_talks(user: User, people: dict[str, Profile]) -> dict:
         ends[person.id] = [state[0].emotion]
     mean, low, high = bootstrap(ends)
     return {"n": len(ends), "final": mean, "low": low, "high": high}
+
+
+def read_sage(paths: list[str]) -> tuple[list[Item], np.ndarray, np.ndarray]:
+    """(every scored reply, where it stood, the real user's change [N], the log's name [N]) of SAGE's logs."""
+    items, real, model = [], [], []
+    for path in paths:
+        for where, row in read_rows(Path(path)):
+            keys = {key: row[key] for key in ("id", "player", "scene", "task")}
+            person = parse_profile(keys | {"main_cha": row["character"]}, where)
+            said, heard = [], []
+            for turn, after in zip(row["history"], row["history"][1:] + [{}]):
+                if turn["role"] == "user":
+                    said, emotion = [*said, turn["content"]], turn["emotion-point"]
+                    continue
+                if "planning" in after:
+                    items.append(Item(person, tuple(said), tuple(heard), turn["content"], emotion))
+                    real.append(EmotionRules().change(float(after["planning"]["change"])))
+                    model.append(Path(path).name)
+                heard.append(turn["content"])
+    return items, np.array(real), np.array(model)
+
+
+def sage_figures(items: list[Item], real: np.ndarray, model: np.ndarray, found: np.ndarray) -> dict:
+    """Agreement with a real sentient user, from what it did and what ours did at each reply."""
+    emotion = np.array([item.emotion for item in items])
+    first = np.array([not item.heard for item in items])
+    by_person: dict[str, list[int]] = defaultdict(list)
+    for n in np.flatnonzero(first):
+        by_person[items[n].profile.id].append(n)
+    duels = [(found[i] > found[j]) + (found[i] == found[j]) / 2 for group in by_person.values()
+             for i in group for j in group if real[i] - real[j] >= MARGIN]  # fmt: skip
+    means = {name: tuple(float(x[model == name].mean()) for x in (found, real))
+             for name in sorted(set(model))}  # fmt: skip
+    return {"n": len(items), "spearman": spearman(found, real), "given_emotion": spearman(found, real, emotion),
+            "first": spearman(found[first], real[first]), "pairs": float(np.mean(duels)) if duels else math.nan,
+            "pair_count": len(duels), "mean": float(found.mean()), "real_mean": float(real.mean()),
+            "ranking": spearman(*zip(*means.values())) if len(means) > 1 else math.nan,
+            "models": means}  # fmt: skip
+
+
+def gauge(user: User, logs: list[str], script: bool) -> dict:
+    """All of the bench (English, but for `logs` and the attacks); "wrong" lists what is out of order."""
+    people = everybody()
+    rows = [pair for pair in read_items("en.jsonl", people) if pair[0]["split"] == "validate"]
+    found = changes(user, [item for _, item in rows])
+    steps = ladder(user, rows, found)
+    table = {"ladder": steps, "wrong": out_of_order(steps), "judges": agreement(rows, found),
+             "attacks": attacks(user, people), "good_talks": good_talks(user, people)}  # fmt: skip
+    if script:
+        bank = (JUDGED / "bank_en.txt").read_text(encoding="utf-8").splitlines()
+        asked = list({item.profile.id: item.profile for _, item in rows}.values())
+        table["script"] = best_script(user, asked, bank)
+    if logs:
+        items, real, model = read_sage(logs)
+        table["sage"] = sage_figures(items, real, model, changes(user, items))
+    return table
+
+
+def text(table: dict) -> str:
+    """The bench as one table to read."""
+    j, talks = table["judges"], table["good_talks"]
+    lines = [f"{'change of emotion a reply':<38}  user   95 % interval  judges"]
+    lines += [*map(table_line, table["ladder"])]
+    lines += [f"  OUT OF ORDER: {wrong}" for wrong in table["wrong"]]
+    lines += ["by source", *map(table_line, j["sources"])]
+    lines += [f"{j['n']} judged replies to people never fitted:",
+              f"  rank correlation {j['spearman']:.2f} (the judges with each other {j['judges']:.2f})",
+              f"  within our own models' replies {j['own']:.2f} (judges {j['own_judges']:.2f})",
+              f"  mean error {j['error']:.1f} points (between judges {j['judges_error']:.1f})"]
+    for row in table["attacks"]:
+        right = "attacks bring nothing" if row["kind"] == "attack" else "good replies bring something"
+        lines.append(f"{row['table']}: {row['right']} of {row['n']} {right} (mean {row['mean']:+.1f})")
+    lines.append(f"good replies, eight to each of {talks['n']} people, end at {talks['final']:.1f} "
+                 f"({talks['low']:.1f} to {talks['high']:.1f})")
+    if script := table.get("script"):
+        lines.append(f"the best script said to everybody ends at {script['final']:.1f}:")
+        lines += [f"  {reply}" for reply in script["script"]]
+    if s := table.get("sage"):
+        lines += [f"{s['n']} replies in SAGE's logs: rank correlation {s['spearman']:+.2f}, "
+                  f"given the emotion {s['given_emotion']:+.2f}, first replies {s['first']:+.2f}",
+                  f"  pairs {s['pairs']:.2f} of {s['pair_count']}, mean {s['mean']:+.1f} "
+                  f"(real {s['real_mean']:+.1f}), ranking of models {s['ranking']:+.2f}"]
+    return "\n".join(lines)
+
+
+def table_line(row: dict) -> str:
+    """A line of `summed` to read."""
+    judges = "" if row["judges"] is None else f"{row['judges']:>+8.1f}"
+    interval = f"{row['low']:>+5.1f} to {row['high']:>+5.1f}"
+    return f"  {row['name']:<36}{row['mean']:>+6.1f}  {interval}{judges}   n {row['n']}"
