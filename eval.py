@@ -32,14 +32,15 @@ from score import (by_profile, interval, mismatches, paired_bootstrap, read_log,
                    score_line, score_text, summary)  # fmt: skip
 from chat import load_tokenizer, make_chat
 from dist import World, compute_type, pick_device
+from judges import gauge
+from judges.shadow import second_look
 from model import Transformer, find_folder
 from rollout import MAX_FAILED, Dialogue, Job, Stage, log_line, make_engine, make_talk
 from rundir import check_writable, use_kernels
 from simulator import load_profiles
 from update import make_model
-from users import gauge, make_user, user_name
+from users import make_user, user_name
 from users.llm_user import LLMUser, prompt_folders, usage_metrics
-from users.shadow import second_look
 
 EVAL_STREAM = 1 << 32  # takes the place of a training step's number, and no step reaches it
 MEGABYTE = 1 << 20
@@ -305,7 +306,7 @@ def command_compare(argv: list[str]) -> int:
 
 
 def command_gauge(argv: list[str]) -> int:
-    """The bench of users/gauge.py for the user of a config; exit code 1 if a rung is out of order."""
+    """The bench of judges/gauge.py for the user of a config; exit code 1 if a rung is out of order."""
     own = dict(arg.split("=", 1) for arg in argv if arg.startswith(("logs=", "script=")))
     config = load_config([a for a in argv if a != "--json" and not a.startswith(("logs=", "script="))])
     require(own.get("script", "on") in ("on", "off"), f"script is {own.get('script')!r}; give on or off")

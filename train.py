@@ -38,13 +38,13 @@ from chat import load_tokenizer, make_chat
 from config import Config, InputError, help_text, load_config, own_rows, write_rows
 from dist import World, close, gathered, refill, start
 from eval import describe, evaluate, join_evaluation, write_evaluation
+from judges.shadow import parted
 from rollout import MAX_FAILED, Dialogue, Job, Stage, make_engine, make_talk
 from rundir import best_step, lock_run, log_step, open_run, prepare_run, use_kernels, write_scalars
 from simulator import Profile, User, hash_key, load_profiles
 from update import State, build, update
 from users import make_user
 from users.llm_user import LLMUser, usage_metrics
-from users.shadow import parted
 
 ORDER_STREAM = 2  # keeps the order of profiles apart from other uses of the seed
 MAX_SKIPPED = 5  # non-finite steps in a row before a run gives up

@@ -21,15 +21,17 @@ import scipy.sparse as sp
 from scipy.optimize import minimize
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from judges.gauge import Item, everybody, read_items, read_sage, sage_figures, spearman  # noqa: E402
+from judges.shadow import BUCKETS, NAMES, listen  # noqa: E402
 from simulator import INTENTIONS  # noqa: E402
-from users.gauge import Item, everybody, read_items, read_sage, sage_figures, spearman  # noqa: E402
 from users.offline import DATA, measure, phrases, user_hash, with_context  # noqa: E402
-from users.shadow import BUCKETS, NAMES, listen  # noqa: E402
 
-UP = "story talk last known joined kin owner tone need".split()
-DOWN = """foreign strangers wrong_kin wrong_owner cheer meta marks me loops again copied cut
-run_on short long garbled worst""".split()  # the logs' replies are never cut, short or salad
-LEAST = {"en": 4, "zh": 60}  # replies that hold a phrase of the list
+UP = "story talk joined tone need".split()
+DOWN = "foreign wrong_kin wrong_owner cheer marks loops again copied cut run_on long garbled worst".split()
+# What was left when features that add nothing on people and sources left out had gone, one by one.
+KEPT = {"en": {"talk", "joined", "wrong_kin", "loops", "again", "copied", "cut", "run_on", "worst", "tone", "need",
+               "story x tone", "story x need", "story x foreign", "story x cheer", "joined x wrong_owner"}}
+LEAST = {"en": 4, "zh": 100}  # replies that hold a phrase of the list
 RIDGE, WORDS, NEEDS = 0.02, 0.01, 0.02  # of features, of words, of words by intention
 FOLDS = 6
 
@@ -69,7 +71,8 @@ class Rows:
         """[N, D] of all features; `found` [N, 2] holds tone and need."""
         rows = [with_context(f | {"tone": t, "need": n}, i.profile, len(i.heard), i.emotion)
                 for f, (t, n), i in zip(self.features, found, self.items)]
-        return np.array([list(row.values()) for row in rows]), list(rows[0])
+        names = [name for name in rows[0] if name in KEPT.get(self.language, rows[0])]
+        return np.array([[row[name] for name in names] for row in rows]), names
 
 
 def fit_words(rows: Rows, mine: np.ndarray) -> tuple[dict, np.ndarray]:
@@ -119,7 +122,7 @@ def english(judge: str) -> tuple[Rows, list[dict]]:
 
 
 def second_ear() -> dict:
-    """The shadow's coefficients, fitted to the other judge by users/shadow.py's features."""
+    """The shadow's coefficients, fitted to the other judge by judges/shadow.py's features."""
     pairs = read_items("en.jsonl", everybody())
     heard = [listen(i.profile.scene, i.profile.persona, list(i.said), list(i.heard), i.reply) for _, i in pairs]
     named, y = np.array([named for named, _ in heard]), np.array([row["b"]["change"] for row, _ in pairs])

@@ -39,7 +39,7 @@ def lexicon(language: str) -> SimpleNamespace:
     stop = frozenset(raw["function_words"].split() if language == "en" else raw["stop_characters"])
     lex = SimpleNamespace(
         language=language, raw=raw, stop=stop, kin=kin, fit=json.loads(fit.read_text(encoding="utf-8")) if fit.exists() else None,
-        generic=frozenset(), meta=re.compile(raw["meta"], re.I), **sets)
+        generic=frozenset(), **sets)
     lex.generic = frozenset(units(raw["generic_words"], lex) if language == "en" else raw["generic_words"].split())
     lex.cheer = frozenset(units(raw["cheerful"], lex) if language == "en" else raw["cheerful"].split())
     lines = (DATA / f"{language}_talk.txt").read_text(encoding="utf-8").splitlines()
@@ -121,11 +121,11 @@ def measure(profile: Profile, said: list[str], heard: list[str], reply: str) -> 
     shared = set().union(*(pairs([u for u in units(part, lex) if u in mine], 4) for part in parts))
     joined = {pair for pair in shared if any(pair in t.near for t in texts)}
     kin, known_kin = {lex.kin[word] for word in items if word in lex.kin}, set().union(*(t.kin for t in texts))
-    owner = Counter()
+    wrong_owner = 0.0
     for unit, who in owned(reply, lex.you, lex, texts[0].names):
         whose = set().union(*(t.owners.get(unit, ()) for t in texts))
-        if who and whose and unit not in lex.generic:
-            owner[bool(whose & {who, ""})] += rare(unit, lex)
+        if who and whose and unit not in lex.generic and not whose & {who, ""}:
+            wrong_owner += rare(unit, lex)
     threes, before = grams(items, 3), {gram for text in heard for gram in grams(tokens(text), 3)}
     fours, long = grams(items, 4), LONG[lex.language]
     every = words | set().union(*(t.items for t in texts))
@@ -133,32 +133,26 @@ def measure(profile: Profile, said: list[str], heard: list[str], reply: str) -> 
     return {
         "story": soft(sum(rare(unit, lex) for unit in mine), 1.5),
         "talk": soft(sum(rare(unit, lex) for unit in mine & said_words), 1.0),
-        "last": soft(sum(rare(unit, lex) for unit in mine & talk[-1].words), 1.0),
-        "known": sum(unit in mine for unit in content) / count,
         "foreign": sum(unit not in words and lex.talk[unit] < 3 for unit in content) / count,
-        "strangers": soft(len({u for u in content if u not in words and lex.talk[u] < 3}), 3),
-        "joined": soft(len(joined), 2), "misjoined": soft(len(shared - joined), 2),
-        "kin": soft(len(kin & known_kin), 1.4), "wrong_kin": soft(len(kin - known_kin), 1.0),
-        "owner": soft(owner[True], 2), "wrong_owner": soft(owner[False], 1.5),
+        "joined": soft(len(joined), 2),
+        "wrong_kin": soft(len(kin - known_kin), 1.0),
+        "wrong_owner": soft(wrong_owner, 1.5),
         "cheer": soft(sum(unit in lex.cheer for unit in content), 1.4),
-        "meta": soft(len(lex.meta.findall(reply)), 1.4),
         "marks": soft(len(re.findall(r"[\n\"“”*#\[\]{}<>/|;:()]", reply)), 2),
-        "me": soft(sum(word in lex.me for word in items), 2),
         "you": clip(6 * sum(word in lex.you for word in items) / size),
         "loops": 1 - len(set(threes)) / max(1, len(threes)),
         "again": sum(gram in before for gram in threes) / max(1, len(threes)),
         "copied": sum(any(gram in t.fours for t in talk) for gram in fours) / max(1, len(fours)),
         "cut": float(re.search(r"[\w,]\s*$", reply) is not None), "asks": clip(len(re.findall("[?？]", reply)) / 2),
         "run_on": clip((max((len(tokens(part)) for part in parts), default=0) - 28) / 20),
-        "short": clip((8 - size) / 8), "length": clip(size / long[0]), "long": clip(size / long[0] - 1),
+        "length": clip(size / long[0]), "long": clip(size / long[0] - 1),
         "garbled": salad([x for part in logps for x in part], 1, lex.language),
         "worst": max((salad(part, 0, lex.language) for part in logps), default=0.0),
     }
 
 
 # Products of features: good words count as far as they are about this person, facts as far as they are right.
-PRODUCTS = (("story", "tone"), ("story", "need"), ("last", "need"), ("story", "foreign"), ("story", "wrong_kin"),
-            ("story", "cheer"), ("joined", "wrong_owner"), ("talk", "misjoined"), ("length", "known"), ("turn", "story"))
+PRODUCTS = (("story", "tone"), ("story", "need"), ("story", "foreign"), ("story", "cheer"), ("joined", "wrong_owner"))
 
 
 def phrases(reply: str, language: str) -> set[str]:
@@ -181,8 +175,8 @@ def wording(reply: str, profile: Profile, fit: dict) -> tuple[float, float]:
 
 def with_context(f: dict[str, float], profile: Profile, turn: int, emotion: float) -> dict[str, float]:
     """The features, with what is not of the reply, and the products; `tone` and `need` are in `f` already."""
-    f = f | {"turn": min(1.0, turn / 4), "emotion": emotion / 50 - 1, "emotion2": (emotion / 50 - 1) ** 2}
-    f |= {f"persona_{kind}": float(profile.persona_type == kind) for kind in ("negative", "avoidant")}
+    f = f | {"turn": min(1.0, turn / 4), "emotion": emotion / 50 - 1, "emotion2": (emotion / 50 - 1) ** 2,
+             "negative": float(profile.persona_type == "negative")}
     return f | {f"{a} x {b}": f[a] * f[b] for a, b in PRODUCTS}
 
 
