@@ -159,7 +159,8 @@ def trimmed(table: dict[str, dict], least: float) -> dict[str, dict]:
 
 def save(fitted: dict, figures: dict, language: str, command: str) -> Path:
     """Write data/offline/LANGUAGE_fit.json, a line a feature and a phrase, by weight."""
-    features, words = {k: round(w, 2) for k, w in fitted["features"].items() if abs(w) > 0.005}, trimmed(fitted["words"], 0.1)
+    features = {name: round(w, 2) for name, w in fitted["features"].items() if abs(w) > 0.005}
+    words = trimmed(fitted["words"], 0.1)
     order = sorted(words, key=lambda name: -max(map(abs, words[name].values())))
     head = {"made_by": command, "measured_on_unseen_people": figures, "intercept": round(fitted["intercept"], 3),
             "limits": [round(x, 3) for x in fitted["limits"]]}  # fmt: skip

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from users.fluency import AGAINST, DATA, EXPECTED, blank, naturalness, run_on, salad, sentences, speech, tokens
+from users.fluency import AGAINST, DATA, EXPECTED, blank, naturalness, salad, sentences, speech, tokens
 
-ROWS = [json.loads(line) for line in (Path(__file__).parent / "attacks.jsonl").read_text(encoding="utf-8").splitlines()]
+FILE = Path(__file__).parents[1] / "data" / "judged" / "attacks.jsonl"
+ROWS = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]
 GOOD = {x: [row for row in ROWS if row["kind"] == "good" and row["language"] == x] for x in ("en", "zh")}
 
 
@@ -61,7 +62,7 @@ def test_shuffled_good_replies_sound_less_like_talk(language):
     rng, worse = random.Random(0), 0
     for row in GOOD[language]:
         story = {*tokens(row["profile"]["scene"]), *tokens(row["profile"]["first_talk"])}
-        words = tokens(row["replies"][-1])
+        words = tokens(row["reply"])
         shuffled = rng.sample(words, len(words))
         plain, mixed = (sum(naturalness(" ".join(x), story, language, cut=True)) for x in (words, shuffled))
         worse += mixed < plain
@@ -72,11 +73,6 @@ def test_salad_needs_more_than_a_few_words():
     assert salad([-30.0], 1, "en") > salad([-5.0], 1, "en") == 0.0
     assert salad([-9.0] * 30, 1, "en") == 1.0 > salad([-8.0] * 2, 1, "en") > 0.0
     assert salad([], 1, "en") == 0.0
-
-
-def test_a_sentence_without_a_pause_runs_on():
-    words = "you said that it was hers and " * 9
-    assert run_on(words, "en") > 0.5 and run_on(words.replace("and", "and,"), "en") == 0.0
 
 
 def test_the_talk_holds_no_line_twice():

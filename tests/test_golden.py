@@ -22,7 +22,8 @@ GOLDEN, COUNT = HERE / "golden_appraisals.jsonl", 25  # replies in each language
 
 def chosen() -> list[dict]:
     """The first dialogues of attacks.jsonl in each language, attacks and good replies by turns."""
-    rows = [json.loads(line) for line in (HERE / "attacks.jsonl").read_text(encoding="utf-8").splitlines()]
+    file = HERE.parent / "data" / "judged" / "attacks.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     found = []
     for language in ("en", "zh"):
         kinds = [[r for r in rows if r["language"] == language and r["kind"] == kind] for kind in ("attack", "good")]
@@ -34,7 +35,7 @@ def held(row: dict, mode: str) -> dict:
     """What the user answers to all replies of a row."""
     user, key, turns = OfflineUser(EmotionRules(start=60.0), mode), (0, 0), []
     user.start(key, parse_profile(row["profile"], row["id"]), seed=3)
-    for reply in [None, *row["replies"]]:
+    for reply in [None, *row["earlier"], row["reply"]]:
         if reply is not None:
             user.tell(key, reply)
         turns += [asdict(turn) for _, turn in user.poll(0.0)]

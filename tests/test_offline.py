@@ -1,8 +1,8 @@
-"""The offline user: what earns, what must never earn, and that it behaves like a user (simulator.User)."""
+"""The offline user: that each feature hears what it names, that what was fitted is applied as written, that guards hold
+whatever the words, and that it behaves like a user (simulator.User). How well it judges is `eval.py gauge`'s to say."""
 
+import math
 import os
-import random
-import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from simulator import INTENTIONS, EmotionRules, Profile, load_profiles
 from users import offline
-from users.offline import MODES, WEIGHTS, OfflineUser, appraise, facts, user_hash
+
+from users.offline import (MODES, OfflineUser, appraise, facts, guards, lexicon, measure, phrases,  # isort: skip
+                           user_hash, wording)  # fmt: skip
 
 RELEASED = Path(os.environ.get("RLVER_DATA", Path(__file__).parents[2] / "shared" / "data"))
 STORIES = {  # language: (scene, what the user has said)
@@ -218,114 +220,144 @@ def person(language: str, story: str, intention: str, kind: str = "passive") -> 
     return Profile(f"{language}-{story}", "", STORIES[language, story][0], intention, kind, language)
 
 
+def heard(reply: str, earlier=(), language="en", story="bakery") -> dict[str, float]:
+    """The features of a reply to the bakery's person, or another."""
+    return measure(person(language, story, "praise"), STORIES[language, story][1], list(earlier), reply)
+
+
 def change(language, story, intention, reply, earlier=(), mode="vanilla", kind="passive") -> float:
     said = STORIES[language, story][1]
     return appraise(person(language, story, intention, kind), mode, said, list(earlier), reply).change
 
 
-@pytest.mark.parametrize("language, story, intention, reply", GOOD)
-def test_a_grounded_reply_that_serves_the_intention_earns(language, story, intention, reply):
-    assert change(language, story, intention, reply) >= 1.5
-    assert change(language, story, intention, reply, mode="challenging", kind="negative") >= -1
-    assert change(language, story, intention, reply, kind="negative") <= change(language, story, intention, reply)
+PLAIN = "You worked so hard, and nobody thanked you for it."
+SALAD = ("Vats school going a shameful together, makes costs keeps and trains "
+         "on keeps is craft father, staying visitor neither your her your a month.")
+MORE = {  # feature: (a reply that has more of it than the other, the other)
+    "story": ("Two hundred rolls in a kitchen at four in the morning.", PLAIN),
+    "talk": ("The oven broke, and you baked two hundred rolls.", "You stayed until four in the morning."),
+    "foreign": ("The yeti juggled pineapples over Jupiter.", "The oven broke before the market."),
+    "joined": ("You baked two hundred rolls.", "The newspaper and the drawer, a kitchen, a sister."),
+    "wrong_kin": ("Your husband sold the rolls.", "Your sister sold the rolls."),
+    "wrong_owner": ("You told the newspaper it was your idea.", "Dana told the newspaper it was her idea."),
+    "cheer": ("How wonderful and exciting, congratulations!", PLAIN),
+    "marks": ("# Rolls\n* bake\n* sell", PLAIN),
+    "you": ("You did what you could, you know.", "The rolls were good."),
+    "loops": ("so sorry so sorry so sorry so sorry", PLAIN),
+    "copied": ("I baked two hundred rolls in our mother's kitchen.", PLAIN),
+    "cut": ("You worked so hard, and nobody thanked you for", PLAIN),
+    "asks": ("What did she say? And your father?", PLAIN),
+    "run_on": ("you " + "and you " * 30 + ".", PLAIN),
+    "length": (PLAIN + " " + PLAIN, PLAIN),
+    "long": (PLAIN * 7, PLAIN * 4),
+    "garbled": (SALAD, PLAIN), "worst": (f"{SALAD} {PLAIN}", PLAIN),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("intention", WEIGHTS)
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", MORE)
+def test_a_feature_hears_what_it_names(name):
+    more, less = (heard(reply)[name] for reply in MORE[name])
+    assert more > less
+
+
+def test_every_feature_has_such_an_example():
+    assert heard(PLAIN).keys() == MORE.keys() | {"again"}
+    assert heard(PLAIN, [PLAIN])["again"] == 1 and heard(PLAIN, ["Something else was said."])["again"] == 0
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_words_and_features_are_applied_as_they_were_fitted(language):
+    fit, mode = lexicon(language).fit, "vanilla"
+    for lang, story, intention, reply in GOOD:
+        if lang != language:
+            continue
+        someone, said = person(lang, story, intention), STORIES[lang, story][1]
+        found = phrases(reply, language)
+        known = [row for gram, row in fit["words"].items() if gram in found]
+        sums = {key: sum(row.get(key, 0) for row in known) for key in ("all", intention)}
+        tone, need = (max(-1, min(1, sums[key] / math.sqrt(max(9, len(found))) / limit))
+                      for key, limit in zip(("all", intention), fit["limits"]))
+        assert wording(reply, someone, fit) == pytest.approx((tone, need))
+        f = measure(someone, said, [], reply) | {"tone": tone, "need": need, "turn": 0, "negative": 0}
+        z, emotion = fit["intercept"], 70
+        f |= {"emotion": emotion / 50 - 1, "emotion2": (emotion / 50 - 1) ** 2}
+        for name, weight in fit["features"].items():
+            a, _, b = name.partition(" x ")
+            z += weight * f[a] * (f[b] if b else 1)
+        assert guards(f, someone, reply) == 0
+        assert appraise(someone, mode, said, [], reply, emotion).change == round(20 / (1 + math.exp(-z)) - 10, 1)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_signs_that_nobody_doubts(language):
+    weights = lexicon(language).fit["features"]
+    assert all(weights.get(name, 0) >= 0 for name in ("story", "talk", "joined", "tone", "need"))
+    costs = "foreign wrong_kin wrong_owner cheer marks loops again copied cut run_on long garbled worst".split()
+    assert all(weights.get(name, 0) <= 0 for name in costs)
+
+
+GUARDED = {
+    "nothing": "", "only marks": "...", "another language": "我很理解你的感受，这一定很难受。",
+    "noise": "<|im_end|> {{x}} ?!?!?!?! rolls",
+    "a loop": "You baked two hundred rolls. " * 8, "the person's own words": STORIES["en", "bakery"][1][0],
+    "far too long": " ".join(row[3] for row in GOOD if row[0] == "en") * 3,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_attacks_earn_nothing(name, intention, mode):
-    assert change(name[:2], "bakery", intention, ATTACKS[name], mode=mode) <= 0
+@pytest.mark.parametrize("name", GUARDED)
+def test_guards_hold_whatever_the_words(name, mode, monkeypatch):
+    monkeypatch.setitem(lexicon("en").fit, "intercept", 9.0)  # a user that likes everything
+    assert change("en", "bakery", "praise", GUARDED[name], mode=mode) <= -5
+    assert change("en", "bakery", "praise", PLAIN) > 9
+
+
+def test_a_reply_said_again_brings_nothing(monkeypatch):
+    monkeypatch.setitem(lexicon("en").fit, "intercept", 9.0)
+    assert change("en", "bakery", "praise", PLAIN, earlier=[PLAIN]) <= -5
 
 
 @pytest.mark.parametrize("language, story, intention, reply", GOOD)
-def test_a_good_reply_earns_once(language, story, intention, reply):
-    assert change(language, story, intention, reply, earlier=[reply]) <= 0
-    edited = reply.replace(" the ", " that ").replace("很", "挺")
-    assert change(language, story, intention, edited, earlier=[reply]) <= 0
-    assert change(language, story, intention, " ".join([reply] * 12)) <= 0
+def test_a_challenging_user_is_never_easier(language, story, intention, reply):
+    assert change(language, story, intention, reply, mode="challenging") <= change(language, story, intention, reply)
 
 
-TEMPLATES = {
-    "en": ("You went through so much with {}, and that must have hurt more than words can say.",
-           ("the rolls", "the oven", "the newspaper and Dana")),
-    "zh": ("你在{}这件事上受了那么多委屈，换了谁心里都会非常难受的。", ("和面", "庙会和记者", "小岚说的话")),
-}
+def test_made_to_be_good_beats_made_to_cheat():
+    """Not a fitted number: the order of the means, by language."""
+    for language in ("en", "zh"):
+        good = [change(*row) for row in GOOD if row[0] == language]
+        attacks = [text for name, text in ATTACKS.items() if name[:2] == language]
+        bad = [change(language, "bakery", intention, text) for text in attacks for intention in INTENTIONS]
+        assert sum(good) / len(good) > sum(bad) / len(bad) + (2 if language == "en" else 0)
 
 
-@pytest.mark.parametrize("intention", WEIGHTS)
-@pytest.mark.parametrize("language", TEMPLATES)
-def test_a_template_with_other_nouns_earns_nothing_again(language, intention):
-    template, nouns = TEMPLATES[language]
-    told = [template.format(noun) for noun in nouns]
-    for turn in (1, 2):
-        assert change(language, "bakery", intention, told[turn], earlier=told[:turn]) <= 0
+def test_resumed_in_mid_talk_it_hears_what_it_would_have_heard():
+    user, key, replies = OfflineUser(EmotionRules(start=60)), (0, 0), [row[3] for row in GOOD if row[0] == "en"][:3]
+    user.start(key, person("en", "bakery", "empathy"), 0)
+    said = [user.poll(0)[0][1].text]
+    for reply in replies:
+        before = user.sessions[key].emotion
+        user.tell(key, reply)
+        turn = user.poll(0)[0][1]
+        other = OfflineUser(EmotionRules(start=1))
+        other.resume(key, person("en", "bakery", "empathy"), said, replies[: len(said) - 1], before)
+        assert other.poll(0) == []
+        other.tell(key, reply)
+        again = other.poll(0)[0][1]
+        assert (again.appraisal, again.emotion) == (turn.appraisal, turn.emotion)
+        said.append(turn.text)
 
 
-@pytest.mark.parametrize("language, story, intention, reply", GOOD)
-def test_the_wrong_need_earns_nothing(language, story, intention, reply):
-    wrong = {"listening": "advice", "empathy": "advice", "agreement": "advice", "analysis": "praise",
-             "praise": "advice", "advice": "agreement", "motives": "advice", "growth": "agreement"}
-    for theirs, given_instead in wrong.items():
-        if intention == given_instead:
-            assert change(language, story, theirs, reply) <= 0
-
-
-EMOTIONAL, RATIONAL = ("listening", "empathy"), ("analysis", "advice", "motives")
-UNLIKE = {*((a, b) for a in EMOTIONAL for b in RATIONAL), *((a, b) for a in RATIONAL for b in ("praise", *EMOTIONAL)),
-          ("praise", "analysis"), ("praise", "motives"), ("praise", "growth"), ("agreement", "praise"),
-          ("agreement", "growth"), ("growth", "agreement"), ("growth", "praise"), ("empathy", "praise")}
-
-
-@pytest.mark.parametrize("language, story, intention, reply", GOOD)
-def test_a_wrong_need_leaves_a_little_warmth_at_most(language, story, intention, reply):
-    for theirs in (b for a, b in UNLIKE if a == intention):
-        assert change(language, story, theirs, reply) <= 3.2
-        assert change(language, story, theirs, reply) < change(language, story, intention, reply) - 1.5
-
-
-FORMULAS = [
-    "You feel so hurt and sad and angry and lonely and betrayed about the rolls and the oven and the market and Dana.",
-    "You must feel sad and tired and alone with the oven, the newspaper and the rolls in the kitchen.",
-    "Perhaps Dana was afraid. Perhaps the newspaper was afraid.", "Maybe Dana was jealous. Maybe Father was tired.",
-    "Ask Dana tomorrow. Ask the newspaper tonight.", "Tell Dana today. Write to the newspaper tomorrow.",
-    "Dana told the newspaper it had been her idea and your name wasn't in the article, and you feel hurt.",
-    "你对面、记者、镜头、小岚和冷库都很难过很委屈很生气很孤单很累。", "也许小岚怕了。也许记者怕了。",
-    "明天问小岚。今晚问记者。",
-    "小岚跟记者说主意是她想的，片子里你一个镜头都没有，你一定很难过。",
-]
-
-
-@pytest.mark.parametrize("intention", WEIGHTS)
-@pytest.mark.parametrize("reply", FORMULAS)
-def test_nouns_pasted_into_a_formula_earn_nothing(reply, intention):
-    assert change("en" if reply.isascii() else "zh", "bakery", intention, reply) <= 0
-
-
-SKELETONS = [
-    ["You baked the rolls and it must hurt.", "You told Dana the truth and it must sting.",
-     "You read the newspaper and it must ache.", "You saved the market and it must be painful."],
-    ["It sounds like the article left you feeling sad and invisible in that kitchen.",
-     "It seems like Dana left you feeling angry and unseen at that market."],
-    ["你守着那个冷库，心里一定很委屈。", "你看着那个镜头，心里一定很难过。", "你记着那个庙会，心里一定很失落。"],
-]
-
-
-@pytest.mark.parametrize("intention", WEIGHTS)
-@pytest.mark.parametrize("replies", SKELETONS)
-def test_the_skeleton_of_an_earlier_reply_earns_nothing(replies, intention):
-    language = "en" if replies[0].isascii() else "zh"
-    for turn in range(1, len(replies)):
-        assert change(language, "bakery", intention, replies[turn], earlier=replies[:turn]) <= 0
-
-
-@pytest.mark.parametrize("intention", WEIGHTS)
-def test_kind_and_specific_beats_general_beats_garbled(intention):
-    kind = "You baked two hundred rolls all night and Dana took the credit. That must hurt, and you must feel so alone."
-    general = "Thank you for telling me. There are many ways to think about what happened to you."
-    garbled = "Bastille de universe, rolls to of carefully Dana was the a bespoke gnarx signal kitchen vent."
-    cut = kind + " When your father said that family should not"
-    worth = [change("en", "bakery", intention, reply) for reply in (kind, general, garbled, cut)]
-    assert worth[0] > worth[1] + 1.5 and worth[1] > worth[2] + 1.5 and abs(worth[3] - worth[0]) < 1.5
+def test_a_feeling_is_said_and_a_challenging_user_hides_it():
+    answers = lexicon("en").raw["answers"]
+    feelings = {text for kind in ("negative", "passive", "avoidant") for text in answers[f"feel_{kind}"]}
+    for mode in MODES:
+        user, told = OfflineUser(EmotionRules(start=50), mode), ""
+        user.start((0, 0), person("en", "flat", "empathy"), 0)
+        for reply in ("Go on.", "And then?", "I see."):
+            user.tell((0, 0), reply)
+            told += user.poll(0)[-1][1].text
+        assert any(feeling in told for feeling in feelings) == (mode == "vanilla")
 
 
 def test_an_unknown_mode_is_refused():
@@ -338,29 +370,6 @@ def test_emotions_and_changes_have_one_decimal():
                       [((0, 0), i) for i in range(6)]).values():
         assert all(turn.emotion == round(turn.emotion, 1) and turn.change in (None, round(turn.change or 0, 1))
                    for turn in turns)
-
-
-@pytest.mark.parametrize("language", ["en", "zh"])
-def test_shuffled_good_replies_lose_on_average(language):
-    rng, changes = random.Random(0), []
-    for lang, story, intention, reply in GOOD:
-        pieces = reply.split() if language == "en" else re.findall(r"[\u4e00-\u9fff]{1,2}|.", reply)
-        rng.shuffle(pieces)
-        if lang == language:
-            changes.append(change(lang, story, intention, (" " if language == "en" else "").join(pieces)))
-    assert sum(changes) / len(changes) < -1 and sum(c > 0 for c in changes) < len(changes) / 3
-
-
-def test_gains_saturate():
-    good = [row[3] for row in GOOD if row[:3] == ("en", "flat", "motives")]
-    more = " Maybe Milo also thinks that Jess would leave the flat if he admitted the bill was his own mistake."
-    once, twice = (change("en", "flat", "motives", text) for text in (good[0], good[0] + more))
-    assert abs(twice - once) < 1.5
-
-
-@pytest.mark.parametrize("language, story, intention, reply", GOOD)
-def test_a_cut_last_sentence_does_not_decide_the_sign(language, story, intention, reply):
-    assert change(language, story, intention, reply + (" And when Dana" if language == "en" else "而且小岚")) > 0
 
 
 def play(user, keys, replies, order):
@@ -401,11 +410,12 @@ def test_openings_vary_by_seed_and_first_talk_is_kept():
     assert user.poll(0)[0][1].text == "Hello there."
 
 
-ENDINGS = [(99.0, GOOD[0][3], "content"), (11.0, "...", "left"), (50.0, "...", None)]
+ENDINGS = [(95.0, PLAIN, "content"), (11.0, "...", "left"), (50.0, "...", None)]
 
 
 @pytest.mark.parametrize("start, reply, ended", ENDINGS)
-def test_emotion_moves_by_the_rules_and_ends(start, reply, ended):
+def test_emotion_moves_by_the_rules_and_ends(start, reply, ended, monkeypatch):
+    monkeypatch.setitem(lexicon("en").fit, "intercept", 9.0)
     rules = EmotionRules(start=start)
     user = OfflineUser(rules)
     user.start((0, 0), person("en", "bakery", "praise"), 0)
@@ -417,7 +427,7 @@ def test_emotion_moves_by_the_rules_and_ends(start, reply, ended):
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
-@pytest.mark.parametrize("intention", WEIGHTS)
+@pytest.mark.parametrize("intention", INTENTIONS)
 def test_answers_do_not_repeat_nor_name_the_intention(language, intention):
     user = OfflineUser(EmotionRules(start=50), "challenging")
     user.start((0, 0), person(language, "flat", intention), 0)
@@ -451,7 +461,7 @@ TEXTS = [*ATTACKS.values(), *(row[3] for row in GOOD)]
 
 @settings(max_examples=150, deadline=None)
 @given(st.text(max_size=400) | st.lists(st.sampled_from(TEXTS), max_size=4).map("\n".join),
-       st.sampled_from(list(WEIGHTS)), st.sampled_from(["en", "zh"]), st.sampled_from(list(MODES)))
+       st.sampled_from(list(INTENTIONS)), st.sampled_from(["en", "zh"]), st.sampled_from(list(MODES)))
 def test_any_text_gives_a_bounded_change(text, intention, language, mode):
     assert -10 <= change(language, "flat", intention, text, mode=mode, earlier=[text[::-1], text[:30]]) <= 10
 
@@ -469,19 +479,3 @@ def test_the_users_identity_is_its_version_and_changes_with_every_data_file(tmp_
             changed.setattr(offline, "DATA", folder)
             assert user_hash() != plain
     assert user_hash() == plain
-
-
-# What a policy came to after 32 steps of PPO: the person's nouns, strung on "your".
-LEARNT = (
-    "Your person can see your companions and your people you're following, so your person carrying a banner with your"
-    " carrier of your person carrying your person taking notes is your",
-    "Your extra cloth you usually wear will do you part right now, take your astro shoes that don't support your right"
-    " eye will hold your cane for your zodiac",
-)
-
-
-@pytest.mark.parametrize("reply", LEARNT)
-def test_nouns_strung_on_your_earn_nothing(reply):
-    person = load_profiles(Path(__file__).parent.parent / "data" / "en_test.jsonl")[0]
-    said = [person.first_talk, "My person on the banner carries notes, and my eye hurts behind the zodiac cloth."]
-    assert appraise(person, "vanilla", said, [], reply).change < -3

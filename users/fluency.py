@@ -20,7 +20,6 @@ OTHER = {"en": -4.0, "zh": 0.0}  # what an everyday word costs that is not of th
 FOREIGN = {"en": -8.0, "zh": 0.0}  # what any other word costs that is not of the story
 # Mean naturalness (of what is well said, of word salad): in one sentence, in a whole reply.
 NATURAL = {"en": ((-7.2, -8.4), (-6.6, -7.4)), "zh": ((-0.06, -0.78), (0.14, -0.2))}
-RUN_ON = {"en": 36, "zh": 26}  # longest run of words without a comma
 
 
 def clip(x: float) -> float:
@@ -90,12 +89,6 @@ def naturalness(sentence: str, story: set[str], language: str, cut: bool) -> lis
             alone = alone or math.log(p)
         result.append(min(EXPECTED[language], math.log(p) - AGAINST[language] * alone + cost))
     return result
-
-
-def run_on(sentence: str, language: str) -> float:
-    """0 for a sentence that pauses in time, up to 1 for one that does not."""
-    return clip(
-        max(len(tokens(part)) for part in re.split("[,，、:：;；]", sentence)) / RUN_ON[language] - 1)
 
 
 def salad(logps: list[float], part: int, language: str) -> float:
