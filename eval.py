@@ -18,7 +18,6 @@ import json
 import sys
 from collections import Counter
 from dataclasses import asdict, replace
-from glob import glob
 from pathlib import Path
 
 import torch
@@ -32,7 +31,7 @@ from score import (by_profile, interval, mismatches, paired_bootstrap, read_log,
                    score_line, score_text, summary)  # fmt: skip
 from chat import load_tokenizer, make_chat
 from dist import World, compute_type, pick_device
-from judges import gauge
+from judges.gauge import command_gauge
 from judges.shadow import second_look
 from model import Transformer, find_folder
 from rollout import MAX_FAILED, Dialogue, Job, Stage, log_line, make_engine, make_talk
@@ -106,8 +105,8 @@ def command_run(argv: list[str]) -> int:
 
     Writes dialogues.jsonl, result.json and result.txt. An interrupted one goes on where it stopped.
     """
-    if not argv or "=" in argv[0]:
-        raise InputError("eval.py run wants a model folder, a hub name or a run directory first")
+    wanted = "eval.py run wants a model folder, a hub name or a run directory first"
+    require(argv and "=" not in argv[0], wanted)
     source, options = argv[0], [arg for arg in argv[1:] if not arg.startswith("out=")]
     out = next((arg[4:] for arg in argv[1:] if arg.startswith("out=")), "")
     run = Path(source) if (Path(source) / "env.txt").is_file() else None  # a model folder has none
@@ -164,14 +163,11 @@ def restore_policy(config: Config, checkpoint: Path, world: World) -> Transforme
 
 def command_export(argv: list[str]) -> int:
     """A checkpoint as a Hugging Face folder; an adapter is merged, and also in OUT/adapter."""
-    if len(argv) != 2:
-        what = "a checkpoint, RUN/ckpt/step_N, and the folder to write"
-        raise InputError(f"eval.py export wants {what}")
+    require(len(argv) == 2, "eval.py export wants RUN/ckpt/step_N and the folder to write")
     checkpoint, out = (Path(arg) for arg in argv)
     check_files(checkpoint)
     config = read_saved(checkpoint.resolve().parent.parent / "config.json")
-    if out.exists():
-        raise InputError(f"{out}: exists already; give another folder or remove it")
+    require(not out.exists(), f"{out}: exists already; give another folder or remove it")
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     model = restore_policy(config, checkpoint, World())
     # An adapter's changes are smaller than the spacing of bf16 numbers: merged ones stay in fp32.
@@ -261,8 +257,7 @@ def write_evaluation(folder: Path, config: Config, settings: dict, rows: list, c
 def command_score(argv: list[str]) -> int:
     """Tables of logs, or with --json a list of {file, n, failed, score, success, failure}."""
     paths = [arg for arg in argv if arg != "--json"]
-    if not paths:
-        raise InputError("eval.py score wants one log or more")
+    require(paths, "eval.py score wants one log or more")
     logs = {path: read_log(path) for path in paths}
     if "--json" in argv:
         found = [{"file": path, **without_nan(summary(rows))} for path, rows in logs.items()]
@@ -274,8 +269,7 @@ def command_score(argv: list[str]) -> int:
 
 def command_verify(argv: list[str]) -> int:
     """Recompute logs from their appraisals; exit code 1 if anything does not follow."""
-    if not argv:
-        raise InputError("eval.py verify wants one log or more")
+    require(argv, "eval.py verify wants one log or more")
     wrong, count = [], 0
     for path in argv:
         for row in read_log(path):
@@ -292,8 +286,7 @@ def command_verify(argv: list[str]) -> int:
 
 def command_compare(argv: list[str]) -> int:
     """Score, success and failure of two logs and the paired bootstrap of the difference, B - A."""
-    if len(argv) != 2:
-        raise InputError("eval.py compare wants two logs, the one to compare with first")
+    require(len(argv) == 2, "eval.py compare wants two logs, the one to compare with first")
     logs = [read_log(path) for path in argv]
     gain, low, high = paired_bootstrap(*(by_profile(rows) for rows in logs))
     print(f"{'':<44} {'score':>6}   {'succ':>4}   {'fail':>4}")
@@ -303,20 +296,6 @@ def command_compare(argv: list[str]) -> int:
     print(f"difference {gain:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f} ", end="")
     print(f"(paired bootstrap over {shared} profiles)")
     return 0
-
-
-def command_gauge(argv: list[str]) -> int:
-    """The bench of judges/gauge.py for the user of a config; exit code 1 if a rung is out of order."""
-    own = dict(arg.split("=", 1) for arg in argv if arg.startswith(("logs=", "script=")))
-    config = load_config([a for a in argv if a != "--json" and not a.startswith(("logs=", "script="))])
-    require(own.get("script", "on") in ("on", "off"), f"script is {own.get('script')!r}; give on or off")
-    logs = sorted(glob(own["logs"])) if "logs" in own else []
-    require(logs or "logs" not in own, f"{own.get('logs')}: no such log")
-    user = make_user(config, gauge.START, config.user_mode)
-    table = {"user": user_name(config, config.user_mode)}
-    table |= gauge.gauge(user, logs, own.get("script", "on") == "on")
-    print(json.dumps(without_nan(table), indent=1) if "--json" in argv else f"{table['user']}\n{gauge.text(table)}")
-    return 1 if table["wrong"] else 0
 
 
 COMMANDS = {"run": command_run, "export": command_export, "score": command_score,

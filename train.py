@@ -220,8 +220,7 @@ def evaluate_step(run: Run, state: State, tokenizer) -> None:
         result = write_evaluation(run.folder / "eval" / f"step_{step}", config, about, rows, cost)
         kept = ("score", "success", "failure", "shadow", "formula/commonest", "formula/similarity")
         scores = {f"eval/{key}": result[key] for key in kept if key in result}
-        earlier = [old for old in before if "eval/shadow" in old]
-        if "eval/shadow" in scores and (warning := parted(earlier[-1] if earlier else {}, scores)):
+        if warning := parted(before, scores):
             run.say(f"ALARM evaluation {step}: {warning}")
         write_rows(path, [*before, row | scores])
         write_scalars(run.board, scores, step)

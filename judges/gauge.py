@@ -6,16 +6,19 @@ beside the judges' own agreement; agreement with logs of a real sentient user; r
 and the script of eight replies that pleases most when it is said to everybody regardless.
 """
 
+import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from glob import glob
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from config import read_rows
+from config import load_config, read_rows, require, without_nan
 from simulator import EmotionRules, Failed, Profile, User, load_profiles, parse_profile
+from users import make_user, user_name
 
 JUDGED = Path(__file__).parent.parent / "data" / "judged"
 # Rungs from the worst reply to the best, and the sources of judged replies that stand on each.
@@ -315,3 +318,18 @@ def table_line(row: dict) -> str:
     judges = "" if row["judges"] is None else f"{row['judges']:>+8.1f}"
     interval = f"{row['low']:>+5.1f} to {row['high']:>+5.1f}"
     return f"  {row['name']:<36}{row['mean']:>+6.1f}  {interval}{judges}   n {row['n']}"
+
+
+def command_gauge(argv: list[str]) -> int:
+    """The bench for the user of a config, printed; exit code 1 if a rung is out of order."""
+    own = dict(arg.split("=", 1) for arg in argv if arg.startswith(("logs=", "script=")))
+    config = load_config([a for a in argv if a != "--json" and not a.startswith(("logs=", "script="))])
+    require(own.get("script", "on") in ("on", "off"), f"script is {own.get('script')!r}; give on or off")
+    logs = sorted(glob(own["logs"])) if "logs" in own else []
+    require(logs or "logs" not in own, f"{own.get('logs')}: no such log")
+    user = make_user(config, START, config.user_mode)
+    table = {"user": user_name(config, config.user_mode)}
+    table |= gauge(user, logs, own.get("script", "on") == "on")
+    shown = json.dumps(without_nan(table), indent=1)
+    print(shown if "--json" in argv else f"{table['user']}\n{text(table)}")
+    return 1 if table["wrong"] else 0

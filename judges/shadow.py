@@ -94,9 +94,12 @@ def second_look(rows: list[dict]) -> dict[str, float | str]:
     return shadow | (formula(own) if ends else {})
 
 
-def parted(before: dict, now: dict) -> str:
+def parted(evaluations: list[dict], now: dict) -> str:
     """A warning where the user's score rose and the second ear's fell since the evaluation before."""
-    if before and now["eval/score"] > before["eval/score"] and now["eval/shadow"] < before["eval/shadow"] - 1:
-        return (f"score {before['eval/score']:.1f} -> {now['eval/score']:.1f}, but the second ear "
-                f"{before['eval/shadow']:.1f} -> {now['eval/shadow']:.1f}: read dialogues before you believe it")
+    before = ([row for row in evaluations if "eval/shadow" in row] or [now])[-1]
+    old, new = before["eval/score"], now["eval/score"]
+    heard, hears = before.get("eval/shadow", 0.0), now.get("eval/shadow", 0.0)
+    if new > old and hears < heard - 1:
+        return (f"the score rose from {old:.1f} to {new:.1f} and the second ear fell from "
+                f"{heard:.1f} to {hears:.1f}: read dialogues before you believe it")
     return ""

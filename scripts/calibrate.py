@@ -158,7 +158,7 @@ def trimmed(table: dict[str, dict], least: float) -> dict[str, dict]:
 
 
 def save(fitted: dict, figures: dict, language: str, command: str) -> Path:
-    """Write data/offline/LANGUAGE_fit.json, a line a feature and a phrase, by weight."""
+    """Write a language's fit into data/offline/, a line a feature and a phrase, by weight."""
     features = {name: round(w, 2) for name, w in fitted["features"].items() if abs(w) > 0.005}
     words = trimmed(fitted["words"], 0.1)
     order = sorted(words, key=lambda name: -max(map(abs, words[name].values())))

@@ -141,8 +141,8 @@ def test_the_command_ends_with_1_where_a_rung_is_out_of_order(points, code, monk
     order = {source: n for n, sources in enumerate(LADDER.values()) for source in sources}
     given = {(item.said, item.heard, item.reply): order.get(row["source"], 0) - 5.0 for row, item in pairs}
     toy = Toy(lambda said, heard, reply: points or given.get((tuple(said), tuple(heard), reply), -9.0))
-    monkeypatch.setattr(evaluation, "make_user", lambda *_: toy)
-    assert evaluation.command_gauge(["user=offline", "script=off", "--json"]) == code
+    monkeypatch.setattr(gauge, "make_user", lambda *_: toy)
+    assert evaluation.main(["gauge", "user=offline", "script=off", "--json"]) == code
     table = json.loads(capsys.readouterr().out)
     assert bool(table["wrong"]) == bool(code) and "script" not in table
 
@@ -212,6 +212,7 @@ def test_a_warning_where_one_rises_and_the_other_falls():
     def row(score, ear):
         return {"eval/score": score, "eval/shadow": ear}
 
-    assert "second ear" in shadow.parted(row(20, 20), row(30, 15))
-    assert not shadow.parted({}, row(30, 15)) and not shadow.parted(row(20, 20), row(30, 25))
-    assert not shadow.parted(row(20, 20), row(10, 15))
+    assert "second ear" in shadow.parted([row(20, 20), {"step": 3}], row(30, 15))
+    assert not shadow.parted([], row(30, 15)) and not shadow.parted([row(20, 20)], row(30, 25))
+    assert not shadow.parted([row(20, 20)], row(10, 15))
+    assert not shadow.parted([{"eval/score": 20}], {"eval/score": 30})  # no English dialogue

@@ -1,7 +1,7 @@
 """The offline user: a sentient user that needs no language model, fitted to what judges said.
 
-Hop one measures named features of a reply and applies the coefficients of data/offline/*_fit.json,
-which scripts/calibrate.py fitted to replies judged blind (English) and to logs of a real sentient
+Hop one measures named features of a reply and applies the coefficients of data/offline/en_fit.json
+and zh_fit.json, which scripts/calibrate.py fitted to replies judged blind (English) and to logs of a real sentient
 user (Chinese); guards that are not fitted stand before it. Hop two tells the scene fact by fact, the
 nearest to the reply first, in a voice that fits persona and emotion. docs/offline_user.md says what
 it rewards, how well it agrees with its judges, and what it cannot see.
@@ -131,8 +131,8 @@ def measure(profile: Profile, said: list[str], heard: list[str], reply: str) -> 
     every = words | set().union(*(t.items for t in texts))
     logps = [naturalness(part, every, lex.language, cut=False) for part in parts]
     return {
-        "story": soft(sum(rare(unit, lex) for unit in mine), 1.5),
-        "talk": soft(sum(rare(unit, lex) for unit in mine & said_words), 1.0),
+        "story": soft(math.fsum(rare(unit, lex) for unit in mine), 1.5),
+        "talk": soft(math.fsum(rare(unit, lex) for unit in mine & said_words), 1.0),
         "foreign": sum(unit not in words and lex.talk[unit] < 3 for unit in content) / count,
         "joined": soft(len(joined), 2),
         "wrong_kin": soft(len(kin - known_kin), 1.0),
@@ -167,8 +167,8 @@ def phrases(reply: str, language: str) -> set[str]:
 def wording(reply: str, profile: Profile, fit: dict) -> tuple[float, float]:
     """(tone, need), each -1..1: how far words please anybody, and how far they serve this intention."""
     found = phrases(reply, profile.language)
-    sums = [sum(fit["words"][gram].get(key, 0.0) for gram in found if gram in fit["words"])
-            for key in ("all", profile.intention)]
+    known = [fit["words"][gram] for gram in found if gram in fit["words"]]
+    sums = [math.fsum(row.get(key, 0.0) for row in known) for key in ("all", profile.intention)]
     tone, need = (x / math.sqrt(max(9, len(found))) / limit for x, limit in zip(sums, fit["limits"]))
     return max(-1.0, min(1.0, tone)), max(-1.0, min(1.0, need))
 
