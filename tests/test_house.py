@@ -87,7 +87,8 @@ IDENTIFIERS = set(re.findall(r"\w+", " ".join(
     if path.suffix in (".py", ".toml", ".txt", ".json") and path.name != "test_house.py"
 )))  # fmt: skip
 OPTIONS = set(Config.__dataclass_fields__)
-OTHER_KEYS = {"out", "logs", "script", "rounds", "export", "nodes", "ntasks", "config"}  # eval.py's own, a shell's, Python's in prose
+# eval.py's own, a shell's, Python's in prose
+OTHER_KEYS = {"out", "logs", "script", "rounds", "export", "nodes", "ntasks", "config"}
 
 
 def prose(path: Path) -> str:
