@@ -5,8 +5,8 @@
 
 A line of REPLIES has id, profile, source, how, said, earlier and reply (data/judged/README.md). A batch holds people
 with all their replies in random order, without source; the two judges' batches are grouped and ordered differently.
-Each is given to a fresh judge with prompts/judge_en.txt, who writes OUT/a0.jsonl and so on: {"id", "change",
-"soundness", "why"} a line. `join` fails where a judgement is missing, double or out of range.
+Each is given to a fresh judge with prompts/judge_en.txt, who writes a file of the same name that ends in .jsonl:
+{"id", "change", "soundness", "why"} a line. `join` fails where a judgement is missing, double or out of range.
 """
 
 import argparse
