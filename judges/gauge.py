@@ -29,7 +29,7 @@ LADDER = {
     "good for the wrong need": ("wrong_need",), "good": ("good_plain", "good_other", "good_short"),
 }  # fmt: skip
 APART = (("shuffled words", "a formula for everybody"), ("a formula for everybody", "good"))
-OWN = ("smollm2", "ppo", "grpo")  # sources of replies that a model of ours said
+OWN = ("smollm2", "warm-up", "ppo", "grpo")  # sources of replies that a model of ours said
 START, SCRIPT = 40.0, 8  # emotion at the start of a talk, replies of a script
 MARGIN = 3.0  # two first replies to a person whose logged changes differ by this are a pair
 

@@ -21,7 +21,7 @@ import scipy.sparse as sp
 from scipy.optimize import minimize
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from judges.gauge import Item, everybody, read_items, read_sage, sage_figures, spearman  # noqa: E402
+from judges.gauge import OWN, Item, everybody, read_items, read_sage, sage_figures, spearman  # noqa: E402
 from judges.shadow import BUCKETS, NAMES, listen  # noqa: E402
 from simulator import INTENTIONS  # noqa: E402
 from users.offline import DATA, measure, phrases, user_hash, with_context  # noqa: E402
@@ -34,27 +34,30 @@ KEPT = {"en": {"talk", "joined", "wrong_kin", "loops", "again", "copied", "cut",
 LEAST = {"en": 4, "zh": 100}  # replies that hold a phrase of the list
 RIDGE, WORDS, NEEDS = 0.02, 0.01, 0.02  # of features, of words, of words by intention
 FOLDS = 6
+OWN_WEIGHT = 3.0  # of our own models' replies: the user is what they learn from
 
 
-def fit_glm(X, y: np.ndarray, ridge: np.ndarray, bounds: list | None = None) -> np.ndarray:
-    """[1 + D] intercept and weights: least squares through 20 s(z) - 10, X [N, D], y [N]."""
+def fit_glm(X, y: np.ndarray, ridge: np.ndarray, bounds: list | None = None, weight=1.0) -> np.ndarray:
+    """[1 + D] intercept and weights: least squares through 20 s(z) - 10, X [N, D], y and weight [N]."""
     n, d = X.shape
+    weight = np.broadcast_to(weight, n) / np.mean(weight)
 
     def loss(w):
         s = 1 / (1 + np.exp(-(X @ w[1:] + w[0])))
         error = 20 * s - 10 - y
-        slope = error * 20 * s * (1 - s) / n
-        return (error @ error / n + (ridge * w[1:]) @ w[1:]) / 2, np.r_[slope.sum(), X.T @ slope + ridge * w[1:]]
+        slope = weight * error * 20 * s * (1 - s) / n
+        return ((weight * error) @ error / n + (ridge * w[1:]) @ w[1:]) / 2, np.r_[slope.sum(), X.T @ slope + ridge * w[1:]]
 
     limits = [(None, None)] + (bounds or [(None, None)] * d)
     return minimize(loss, np.zeros(d + 1), jac=True, method="L-BFGS-B", bounds=limits, options={"maxiter": 200}).x
 
 
 class Rows:
-    """Replies with what was measured of them: features, phrases, intention, person; y [N] is what they brought."""
+    """Replies with what was measured of them: features, phrases, intention, person; y [N] is what they brought,
+    weight [N] how much each counts."""
 
-    def __init__(self, items: list[Item], y):
-        self.items, self.y = items, np.array(y)
+    def __init__(self, items: list[Item], y, weight):
+        self.items, self.y, self.weight = items, np.array(y), np.array(weight)
         self.features = [measure(i.profile, list(i.said), list(i.heard), i.reply) for i in items]
         self.phrases = [phrases(i.reply, i.profile.language) for i in items]
         self.intention = np.array([i.profile.intention for i in items])
@@ -89,7 +92,7 @@ def fit_words(rows: Rows, mine: np.ndarray) -> tuple[dict, np.ndarray]:
     X = sp.hstack([sp.csr_matrix(table), W, *own]).tocsr()
     ridge = np.repeat([RIDGE, WORDS, NEEDS], [table.shape[1], len(known), len(known) * len(own)])
     bounds = [bound(name) for name in names] + [(None, None)] * (X.shape[1] - len(names))
-    w = fit_glm(X[mine], rows.y[mine], ridge, bounds)[1 + table.shape[1] :].reshape(-1, len(known))
+    w = fit_glm(X[mine], rows.y[mine], ridge, bounds, rows.weight[mine])[1 + table.shape[1] :].reshape(-1, len(known))
     raw = np.stack([W @ w[0], sum(part @ v for part, v in zip(own, w[1:]))], 1)
     return {phrase: dict(zip(("all", *INTENTIONS), w[:, j])) for phrase, j in known.items()}, raw
 
@@ -108,7 +111,8 @@ def fit(rows: Rows, mine: np.ndarray) -> tuple[dict, np.ndarray]:
     raw[~mine] = all_raw[~mine]
     limits = np.percentile(abs(raw[mine]), 97, axis=0)
     table, names = rows.table(np.clip(raw / limits, -1, 1))
-    w = fit_glm(table[mine], rows.y[mine], np.full(len(names), RIDGE), [bound(name) for name in names])
+    ridge = np.full(len(names), RIDGE)
+    w = fit_glm(table[mine], rows.y[mine], ridge, [bound(name) for name in names], rows.weight[mine])
     features = {name: float(x) for name, x in zip(names, w[1:])}
     fitted = {"intercept": float(w[0]), "limits": limits.tolist(), "features": features, "words": words}
     return fitted, 20 / (1 + np.exp(-(table @ w[1:] + w[0]))) - 10
@@ -118,7 +122,8 @@ def english(judge: str) -> tuple[Rows, list[dict]]:
     """The judged replies with one judge's numbers; their emotion is unknown, and left at the middle."""
     pairs = read_items("en.jsonl", everybody())
     items = [replace(item, emotion=50.0) for _, item in pairs]
-    return Rows(items, [row[judge]["change"] for row, _ in pairs]), [row for row, _ in pairs]
+    weight = [OWN_WEIGHT if row["source"].startswith(OWN) else 1.0 for row, _ in pairs]
+    return Rows(items, [row[judge]["change"] for row, _ in pairs], weight), [row for row, _ in pairs]
 
 
 def second_ear() -> dict:

@@ -3,7 +3,7 @@
     python scripts/warmup.py configs/demo.py [key=value ...] OUT
 
 Writes a Hugging Face folder that `model=OUT` starts from. The replies are data/judged/warmup_en.jsonl
-(written for this) and the good ones among the judged; only the last reply of each talk is learnt.
+(written for this), each after the person's last words alone.
 What reinforcement adds is measured from the model that this gives, not from the one before it.
 """
 
@@ -24,14 +24,12 @@ from rollout import Trajectory, make_talk, pack, split  # noqa: E402
 from update import forward  # noqa: E402
 
 JUDGED = Path(__file__).parents[1] / "data" / "judged"
-GOOD = {"good_plain", "good_simple", "good_short", "good_warm", "feel_right", "feel_right_need"}
-STEPS, BATCH, LR = 28, 16, 1.5e-4  # optimiser steps, replies a step, peak learning rate
+STEPS, BATCH, LR = 40, 16, 1.5e-4  # optimiser steps, replies a step, peak learning rate
 
 
 def examples(chat: Chat, system: str) -> list[Trajectory]:
     """One trajectory a reply, its own tokens alone trained."""
     rows = [row for _, row in read_rows(JUDGED / "warmup_en.jsonl")]
-    rows += [row for _, row in read_rows(JUDGED / "en.jsonl") if row["source"] in GOOD]
     found = []
     for n, row in enumerate(rows):
         ids = chat.opening(system, row["said"][-1])  # the person's last words alone: a third of the time
