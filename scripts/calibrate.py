@@ -2,6 +2,7 @@
 
     python scripts/calibrate.py en                                  writes data/offline/en_fit.json
     python scripts/calibrate.py zh ../shared/data/sage_logs/*.gz    writes data/offline/zh_fit.json
+    python scripts/calibrate.py check ../shared/data/sage_logs/*.gz   prints its figures, people and models left out
 
 change = 20 s(z) - 10, where s is the logistic function and z a sum over named features, each with a
 weight of its own and a smaller one for each hidden intention. Two of the features, `tone` and
@@ -21,7 +22,8 @@ import scipy.sparse as sp
 from scipy.optimize import minimize
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from judges.gauge import OWN, Item, everybody, read_items, read_sage, sage_figures, spearman  # noqa: E402
+from config import read_rows  # noqa: E402
+from judges.gauge import JUDGED, OWN, Item, everybody, read_items, read_sage, sage_figures, spearman  # noqa: E402
 from judges.shadow import BUCKETS, NAMES, listen  # noqa: E402
 from simulator import INTENTIONS  # noqa: E402
 from users.offline import DATA, measure, phrases, user_hash, with_context  # noqa: E402
@@ -33,8 +35,9 @@ KEPT = {"en": {"talk", "joined", "wrong_kin", "loops", "again", "copied", "cut",
                "story x tone", "story x need", "story x foreign", "story x cheer", "joined x wrong_owner"}}
 LEAST = {"en": 4, "zh": 100}  # replies that hold a phrase of the list
 RIDGE, WORDS, NEEDS = 0.02, 0.01, 0.02  # of features, of words, of words by intention
-FOLDS = 6
+FOLDS = 4
 OWN_WEIGHT = 3.0  # of our own models' replies: the user is what they learn from
+JUDGED_WEIGHT = 4.0  # of judged Chinese replies, against those of logs: few, but the only bad ones
 
 
 def fit_glm(X, y: np.ndarray, ridge: np.ndarray, bounds: list | None = None, weight=1.0) -> np.ndarray:
@@ -46,10 +49,11 @@ def fit_glm(X, y: np.ndarray, ridge: np.ndarray, bounds: list | None = None, wei
         s = 1 / (1 + np.exp(-(X @ w[1:] + w[0])))
         error = 20 * s - 10 - y
         slope = weight * error * 20 * s * (1 - s) / n
-        return ((weight * error) @ error / n + (ridge * w[1:]) @ w[1:]) / 2, np.r_[slope.sum(), X.T @ slope + ridge * w[1:]]
+        value = ((weight * error) @ error / n + (ridge * w[1:]) @ w[1:]) / 2
+        return value, np.r_[slope.sum(), X.T @ slope + ridge * w[1:]]
 
     limits = [(None, None)] + (bounds or [(None, None)] * d)
-    return minimize(loss, np.zeros(d + 1), jac=True, method="L-BFGS-B", bounds=limits, options={"maxiter": 200}).x
+    return minimize(loss, np.zeros(d + 1), jac=True, method="L-BFGS-B", bounds=limits, options={"maxiter": 100}).x
 
 
 class Rows:
@@ -118,9 +122,9 @@ def fit(rows: Rows, mine: np.ndarray) -> tuple[dict, np.ndarray]:
     return fitted, 20 / (1 + np.exp(-(table @ w[1:] + w[0]))) - 10
 
 
-def english(judge: str) -> tuple[Rows, list[dict]]:
+def judged(name: str, judge: str) -> tuple[Rows, list[dict]]:
     """The judged replies with one judge's numbers; their emotion is unknown, and left at the middle."""
-    pairs = read_items("en.jsonl", everybody())
+    pairs = read_items(name, everybody())
     items = [replace(item, emotion=50.0) for _, item in pairs]
     weight = [OWN_WEIGHT if row["source"].startswith(OWN) else 1.0 for row, _ in pairs]
     return Rows(items, [row[judge]["change"] for row, _ in pairs], weight), [row for row, _ in pairs]
@@ -136,7 +140,8 @@ def second_ear() -> dict:
     W = sp.csr_matrix((x, (i, j)), (len(pairs), BUCKETS))
     X = sp.hstack([sp.csr_matrix(named), W, W.multiply(named[:, 1:3].max(1)[:, None])]).tocsr()
     seen = np.array([row["split"] == "fit" for row, _ in pairs])
-    w = fit_glm(X[seen], y[seen], np.repeat([RIDGE, WORDS], [len(NAMES), 2 * BUCKETS]))
+    weight = np.array([OWN_WEIGHT if row["source"].startswith(OWN) else 1.0 for row, _ in pairs])
+    w = fit_glm(X[seen], y[seen], np.repeat([RIDGE, WORDS], [len(NAMES), 2 * BUCKETS]), None, weight[seen])
     predicted = 20 / (1 + np.exp(-(X @ w[1:] + w[0]))) - 10
     both = np.array([(row["a"]["change"] + row["b"]["change"]) / 2 for row, _ in pairs])
     figures = {"spearman": round(spearman(predicted[~seen], both[~seen]), 3),
@@ -146,14 +151,27 @@ def second_ear() -> dict:
             "alone": alone.tolist(), "about": about.tolist()}  # fmt: skip
 
 
-def left_out(rows: Rows, models: np.ndarray) -> dict:
+def chinese(paths: list[str]) -> tuple[Rows, np.ndarray, np.ndarray]:
+    """(replies of logs, then judged ones, [N] the log each is from or "", [N] whether it may be fitted)."""
+    items, real, models = read_sage(paths)
+    rows, raw = judged("zh.jsonl", "a")
+    models = np.concatenate([models, [""] * len(raw)])
+    weight = np.where(models == "", JUDGED_WEIGHT, 1.0)
+    seen = np.array([True] * len(items) + [row["split"] == "fit" for row in raw])
+    return Rows(items + rows.items, np.concatenate([real, rows.y]), weight), models, seen
+
+
+def left_out(rows: Rows, models: np.ndarray, seen: np.ndarray) -> dict:
     """The figures of `gauge.sage_figures`, people and tested models both left out of the fit."""
-    fold, predicted = rows.folds(np.ones(len(models), bool), 3), np.zeros(len(models))
-    for model in sorted(set(models)):
+    logs = models != ""
+    fold, predicted = rows.folds(logs, 3), np.zeros(len(models))
+    for model in sorted(set(models[logs])):
         for k in range(3):
             test = (models == model) & (fold == k)
-            predicted[test] = fit(rows, (models != model) & (fold != k))[1][test]
-    return {k: v for k, v in sage_figures(rows.items, rows.y, models, predicted).items() if k != "models"}
+            predicted[test] = fit(rows, seen & (models != model) & (fold != k))[1][test]
+            print(model, k, flush=True)
+    items = [item for item, log in zip(rows.items, logs) if log]
+    return sage_figures(items, rows.y[logs], models[logs], predicted[logs])
 
 
 def trimmed(table: dict[str, dict], least: float) -> dict[str, dict]:
@@ -180,21 +198,23 @@ def save(fitted: dict, figures: dict, language: str, command: str) -> Path:
 
 def main(argv: list[str]) -> None:
     language, command = argv[0], "python scripts/calibrate.py " + " ".join(argv)
+    if language == "check":
+        return print(json.dumps(left_out(*chinese(argv[1:])), indent=1))
     if language == "zh":
-        items, real, models = read_sage(argv[1:])
-        rows = Rows(items, real)
-        figures = left_out(rows, models)
-        fitted = fit(rows, np.ones(len(rows.y), bool))[0]
+        rows, models, seen = chinese(argv[1:])
+        command = "python scripts/calibrate.py zh SAGE_LOGS"
     else:
-        rows, raw = english("a")
+        rows, raw = judged("en.jsonl", "a")
         seen = np.array([row["split"] == "fit" for row in raw])
-        fitted, predicted = fit(rows, seen)
-        both = np.array([(row["a"]["change"] + row["b"]["change"]) / 2 for row in raw])
-        figures = {"replies": int((~seen).sum()), "spearman": round(spearman(predicted[~seen], both[~seen]), 3),
-                   "mean_error": round(float(abs(predicted - both)[~seen].mean()), 2)}  # fmt: skip
         shadow = {"made_by": command, **second_ear()}
         (DATA / "en_shadow.json").write_text(json.dumps(shadow).replace(', "', ',\n"') + "\n", encoding="utf-8")
         print("the second ear", shadow["measured_on_unseen_people"])
+    fitted, predicted = fit(rows, seen)
+    both = [(row["a"]["change"] + row["b"]["change"]) / 2 for _, row in read_rows(JUDGED / f"{language}.jsonl")
+            if row["split"] == "validate"]
+    real = np.array(both)
+    figures = {"replies": int((~seen).sum()), "spearman": round(spearman(predicted[~seen], real), 3),
+               "mean_error": round(float(abs(predicted[~seen] - real).mean()), 2)}  # fmt: skip
     print(figures, save(fitted, figures, language, command), user_hash())
 
 

@@ -1,5 +1,5 @@
-"""`make demo`: benchmark, train, benchmark again, compare. Runs the commands that you would, and
-shows them.
+"""`make demo`: benchmark, warm up, benchmark, train, benchmark again, compare. Runs the commands that
+you would, and shows them.
 
     python scripts/demo.py configs/demo.py [key=value ...]
 """
@@ -13,6 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+WARM = "runs/warm-up"  # made once, shared by all demos
 sys.path.insert(0, str(ROOT))
 from config import InputError, load_config, read_json  # noqa: E402
 from score import read_log  # noqa: E402
@@ -28,17 +29,25 @@ def run(*command: str) -> None:
         sys.exit(done.returncode)
 
 
-def comparison(before: Path, after: Path) -> str:
-    """Both ears and the measures of formula before and after, and two talks side by side."""
-    found = [read_json(folder / "result.json") for folder in (before, after)]
+def benchmark(model: str, argv: list[str], out: str) -> None:
+    """The benchmark of a model, unless it lies there already."""
+    if not (ROOT / out / "result.json").exists():
+        run("eval.py", "run", model, *argv, f"out={out}")
+
+
+def comparison(*folders: Path) -> str:
+    """Both ears and the measures of formula at the start, after the warm-up and after training, and two talks
+    before and after training side by side.
+    """
+    found = [read_json(folder / "result.json") for folder in folders]
     shown = {"score": "final emotion, by the user", "shadow": "by the second ear (never trained on)",
              "formula/commonest": "share of replies with the commonest 4 words",
              "formula/similarity": "likeness of replies to different people"}  # fmt: skip
-    lines = [f"{'':<46}{'before':>8}{'after':>8}"]
+    lines = [f"{'':<46}{'start':>8}{'warm-up':>8}{'trained':>8}"]
     for key, name in shown.items():
-        if key in found[1]:
+        if key in found[-1]:
             lines.append(f"{name:<46}" + "".join(f"{result[key]:>8.2f}" for result in found))
-    logs = [{row["id"]: row for row in read_log(str(folder / "dialogues.jsonl"))} for folder in (before, after)]
+    logs = [{row["id"]: row for row in read_log(str(folder / "dialogues.jsonl"))} for folder in folders[-2:]]
     wide = max(80, min(160, shutil.get_terminal_size().columns)) // 2 - 2
     for who in sorted(logs[0].keys() & logs[1].keys())[:2]:
         sides = [talk(log[who], wide) for log in logs]
@@ -75,16 +84,19 @@ training   {config.steps} steps of {config.groups * config.group_size} dialogues
 benchmark  {people[1]} people never trained on x {config.eval_dialogues} dialogues, {config.eval_max_turns} replies \
 ({config.eval_max_turns - 1} scored), emotion starts at {config.eval_start_emotion:g}
 sampling   temperature {config.temperature:g} in both; seed {config.seed}, benchmark seed {config.eval_seed}
-expect     about ten minutes on two CPU cores""")
+warm-up    a few minutes of supervised learning first: what reinforcement adds is measured from there
+expect     about a quarter of an hour on two CPU cores""")
     out = Path(config.run) / "eval"
-    before, after = str(out / "before"), str(out / "after")
-    if not (ROOT / before / "result.json").exists():
-        run("eval.py", "run", config.model, *argv, f"out={before}")
-    run("train.py", *argv)
-    if not (ROOT / after / "result.json").exists():
-        run("eval.py", "run", f"{config.run}/model", *argv, f"out={after}")
+    start, before, after = (str(out / when) for when in ("start", "before", "after"))
+    benchmark(config.model, argv, start)
+    if not (ROOT / WARM / "config.json").exists():
+        run("scripts/warmup.py", *(arg for arg in argv if not arg.startswith(("run=", "seed="))), WARM)
+    benchmark(WARM, argv, before)
+    run("train.py", *argv, f"model={WARM}")
+    benchmark(f"{config.run}/model", argv, after)
+    run("eval.py", "compare", f"{start}/dialogues.jsonl", f"{before}/dialogues.jsonl")
     run("eval.py", "compare", f"{before}/dialogues.jsonl", f"{after}/dialogues.jsonl")
-    print("\n" + comparison(ROOT / before, ROOT / after))
+    print("\n" + comparison(*(ROOT / folder for folder in (start, before, after))))
     minutes = (time.time() - begun) / 60
     print(
         f"\n{minutes:.1f} minutes. Read the dialogues: {before}/dialogues.jsonl, {after}/dialogues.jsonl. "
