@@ -200,6 +200,20 @@ def test_an_evaluation_whose_logits_are_not_finite_has_no_score_and_does_not_end
     assert [row["step"] for row in metrics(config)] == [1, 2] and "eval/score" not in metrics(config)[0]
 
 
+def test_a_score_that_rises_while_the_second_ear_falls_is_told(tiny, monkeypatch, capsys):
+    scores, write = iter((20.0, 30.0)), train.write_evaluation
+
+    def parting(*args):
+        score = next(scores)
+        return write(*args) | {"score": score, "shadow": 60 - score}
+
+    monkeypatch.setattr(train, "write_evaluation", parting)
+    config = tiny(steps=2, eval_every=1)
+    go(config)
+    assert "ALARM evaluation 2: the score rose from 20.0 to 30.0 and the second ear fell" in capsys.readouterr().out
+    assert [row["eval/shadow"] for row in metrics(config)] == [40.0, 30.0]
+
+
 def test_five_skipped_steps_in_a_row_end_the_run(tiny, tmp_path):
     (tmp_path / "wild.json").write_text(json.dumps({**tiny_raw("qwen2"), "initializer_range": 1e30}))
     config = tiny(model=str(tmp_path / "wild.json"), steps=9)

@@ -129,6 +129,11 @@ def measure(profile: Profile, said: list[str], heard: list[str], reply: str) -> 
     threes, before = grams(items, 3), {gram for text in heard for gram in grams(tokens(text), 3)}
     fours, long = grams(items, 4), LONG[lex.language]
     every = words | set().union(*(t.items for t in texts))
+    plain = reply.lower().replace("’", "'")
+
+    def times(key: str) -> int:
+        return len(re.findall(lex.raw[key], plain))
+
     logps = [naturalness(part, every, lex.language, cut=False) for part in parts]
     return {
         "story": soft(math.fsum(rare(unit, lex) for unit in mine), 1.5),
@@ -148,11 +153,15 @@ def measure(profile: Profile, said: list[str], heard: list[str], reply: str) -> 
         "length": clip(size / long[0]), "long": clip(size / long[0] - 1),
         "garbled": salad([x for part in logps for x in part], 1, lex.language),
         "worst": max((salad(part, 0, lex.language) for part in logps), default=0.0),
+        "absolves": clip(times("absolves")), "blames": clip(times("blames")), "feelings": clip(times("feelings") / 2),
+        "self": clip((times("first_person") - times("as_a_friend")) / 2),
+        "wrong_number": float(any(word in lex.numbers or word.isdigit() for word in set(items) - every)),
     }
 
 
 # Products of features: good words count as far as they are about this person, facts as far as they are right.
-PRODUCTS = (("story", "tone"), ("story", "need"), ("story", "foreign"), ("story", "cheer"), ("joined", "wrong_owner"))
+PRODUCTS = (("story", "tone"), ("story", "need"), ("story", "foreign"), ("story", "cheer"), ("joined", "wrong_owner"),
+            ("length", "joined"))
 
 
 def phrases(reply: str, language: str) -> set[str]:

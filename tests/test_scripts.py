@@ -1,0 +1,106 @@
+"""Around a demo: batches for blind judges and their joining, the table and talks at its end, the warm-up's texts."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from config import InputError, read_rows
+from judges.gauge import JUDGED, everybody
+from scripts import blind, demo
+
+PEOPLE = [person.id for person in everybody().values() if person.language == "en"][:6]
+
+
+def replies(count=30):
+    return [{"id": f"t{n:02}", "profile": PEOPLE[n % 6], "source": f"secret {n % 3}", "how": "", "said": ["Hello.", "So."],
+             "earlier": ["Yes?"], "reply": f"reply number {n}"} for n in range(count)]  # fmt: skip
+
+
+def test_each_judge_gets_every_reply_once_in_its_own_order_without_a_source(tmp_path, capsys):
+    blind.write(replies(), tmp_path, 3)
+    orders = {}
+    for judge in "ab":
+        texts = [path.read_text() for path in sorted(tmp_path.glob(f"{judge}*.txt"))]
+        orders[judge] = re.findall(r"--- ITEM (\S+)", "".join(texts))
+        assert len(texts) == 3 and sorted(orders[judge]) == [row["id"] for row in replies()]
+        assert "secret" not in "".join(texts)
+        for name in PEOPLE:  # a person's replies lie in one batch
+            assert sum(f"=== PERSON {name}\n" in text for text in texts) == 1
+    assert orders["a"] != orders["b"]
+
+
+def judge(folder, found):
+    for name in "ab":
+        (folder / f"{name}0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found[name]))
+
+
+def judgement(key, **changed):
+    return {"id": key, "change": -3, "soundness": 4, "why": "thin", **changed}
+
+
+def test_judgements_join_their_replies(tmp_path):
+    rows = replies(2)
+    judge(tmp_path, {"a": [judgement("t00"), judgement("t01", change=5)], "b": [judgement("t01"), judgement("t00")]})
+    joined = blind.join(rows, tmp_path)
+    assert [row["a"]["change"] for row in joined] == [-3, 5] and joined[1]["b"]["why"] == "thin"
+
+
+@pytest.mark.parametrize("b, said", [
+    ([judgement("t00")], "t01 lacks a judgement"),
+    ([judgement("t00"), judgement("t00"), judgement("t01")], "judged twice"),
+    ([judgement("t00"), judgement("t99")], "unknown"),
+    ([judgement("t00", change=11), judgement("t01")], "-10..10"),
+])  # fmt: skip
+def test_judgements_that_do_not_fit_are_refused(tmp_path, b, said):
+    judge(tmp_path, {"a": [judgement("t00"), judgement("t01")], "b": b})
+    with pytest.raises(InputError, match=said):
+        blind.join(replies(2), tmp_path)
+
+
+def test_blind_batches_from_the_command_line(tmp_path):
+    path = tmp_path / "replies.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in replies(2)))
+    command = [sys.executable, str(ROOT / "scripts" / "blind.py")]
+    done = subprocess.run([*command, "write", path, tmp_path / "out"], capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "out" / "a0.txt").exists()
+    done = subprocess.run([*command, "join", path, tmp_path / "out"], capture_output=True, text=True)
+    assert done.returncode == 2 and "t00 lacks a judgement" in done.stderr and not done.stdout
+
+
+# --- the demo's end
+
+def evaluated(folder: Path, score: float, reply: str) -> Path:
+    folder.mkdir()
+    figures = {"score": score, "shadow": score - 1, "formula/commonest": 0.1, "formula/similarity": 0.2}
+    (folder / "result.json").write_text(json.dumps(figures))
+    history = [{"role": "user", "content": "Hello.", "emotion-point": 40.0},
+               {"role": "assistant", "content": reply},
+               {"role": "user", "content": "Oh.", "emotion-point": score, "planning": {"change": score - 40}}]
+    row = {"id": "somebody", "status": "ok", "emo_point": score, "emo_state": "C", "history": history, "task": "", "player": "", "scene": ""}
+    (folder / "dialogues.jsonl").write_text(json.dumps(row) + "\n")
+    return folder
+
+
+def test_the_demo_ends_with_both_ears_formula_and_two_talks_side_by_side(tmp_path):
+    folders = [evaluated(tmp_path / name, score, reply) for name, score, reply in
+               (("start", 8.0, "raw"), ("before", 21.0, "I hear you."), ("after", 35.0, "You\x1b[31m did nothing wrong."))]
+    text = demo.comparison(*folders)
+    lines = text.splitlines()
+    assert re.search(r"by the user\s+8.00\s+21.00\s+35.00", lines[1])
+    assert re.search(r"second ear.*\s7.00\s+20.00\s+34.00", lines[2])
+    assert "0.10" in lines[3] and "0.20" in lines[4]
+    assert re.search(r"> I hear you\.\s+\|\s+> You \[31m did nothing", text)  # no control character
+    assert "\x1b" not in text and "raw" not in text
+
+
+def test_the_warm_up_learns_from_training_people_alone():
+    rows = [row for _, row in read_rows(JUDGED / "warmup_en.jsonl")]
+    assert {row["profile"] for row in rows} <= set(everybody())
+    replies = [row["reply"] for row in rows]
+    assert len(rows) > 1000 and all(reply.strip()[-1] in ".?!…" for reply in replies)
+    assert len(set(replies)) > 0.98 * len(rows)
