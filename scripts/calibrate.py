@@ -28,13 +28,14 @@ from judges.shadow import BUCKETS, NAMES, listen  # noqa: E402
 from simulator import INTENTIONS  # noqa: E402
 from users.offline import DATA, measure, phrases, user_hash, with_context  # noqa: E402
 
-UP = "story talk joined tone need".split()
-DOWN = "foreign blames self wrong_number wrong_kin wrong_owner cheer marks loops again copied cut run_on long garbled worst".split()
+UP = "heard story talk joined tone need".split()
+DOWN = """foreign blames self misheard same doubled wrong_number wrong_kin wrong_owner cheer marks loops again copied
+cut run_on long garbled worst""".split()
 # What was left when features that add nothing on people and sources left out had gone, one by one.
-KEPT = {"en": {"talk", "joined", "foreign", "wrong_kin", "wrong_owner", "wrong_number", "you", "self", "absolves", "blames",
-               "feelings", "loops", "again", "copied", "cut", "run_on", "length", "worst", "tone", "need",
-               "story x tone", "story x need", "story x foreign", "story x cheer", "joined x wrong_owner",
-               "length x joined"}}
+KEPT = {"en": set("""talk joined foreign wrong_kin wrong_owner wrong_number you self absolves blames feelings misheard
+same doubled copied cut run_on length worst tone need""".split())
+        | {"story x tone", "story x need", "story x foreign", "story x cheer", "joined x wrong_owner",
+           "length x joined"}}
 LEAST = {"en": 4, "zh": 100}  # replies that hold a phrase of the list
 RIDGE, WORDS, NEEDS = 0.02, 0.01, 0.02  # of features, of words, of words by intention
 FOLDS = 4

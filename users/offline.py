@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from simulator import Appraisal, EmotionRules, Failed, Key, Profile, UserTurn, band, cjk_share
 from users.fluency import DATA, clip, naturalness, salad, sentences, stem, tokens
 
-VERSION = "2"  # raise it with every change here or in fluency.py that moves a golden appraisal (tests/test_golden.py)
+VERSION = "3"  # raise it with every change here or in fluency.py that moves a golden appraisal (tests/test_golden.py)
 MODES = ("vanilla", "challenging")
 LONG = {"en": (45, 400), "zh": (300, 1100)}  # tokens from which a reply is long; the length nobody reads
 NEAR = 12  # content units of one sentence of the story that belong together
@@ -42,6 +42,8 @@ def lexicon(language: str) -> SimpleNamespace:
         generic=frozenset(), **sets)
     lex.generic = frozenset(units(raw["generic_words"], lex) if language == "en" else raw["generic_words"].split())
     lex.cheer = frozenset(units(raw["cheerful"], lex) if language == "en" else raw["cheerful"].split())
+    lex.moods = [line.split() for line in raw["feelings"].splitlines()]
+    lex.raw["plain_feelings"] = "|".join(rf"\b{w}\b" if language == "en" else w for w in raw["plain_feelings"].split())
     lines = (DATA / f"{language}_talk.txt").read_text(encoding="utf-8").splitlines()
     lex.talk, lex.lines = Counter(unit for line in lines for unit in set(units(line, lex))), len(lines)
     return lex
@@ -110,6 +112,12 @@ def told_in(text: str, language: str) -> SimpleNamespace:
                            kin=kin, items=set(items), fours=set(grams(items, 4)))
 
 
+def moods(text: str, lex: SimpleNamespace) -> set[int]:
+    """Which kinds of feeling a text names: lines of the lexicon's `feelings`."""
+    plain = set(tokens(text)) if lex.language == "en" else text
+    return {n for n, words in enumerate(lex.moods) if any(word in plain for word in words)}
+
+
 def measure(profile: Profile, said: list[str], heard: list[str], reply: str) -> dict[str, float]:
     """All named features of a reply, 0..1 each."""
     lex = lexicon(profile.language)
@@ -134,6 +142,7 @@ def measure(profile: Profile, said: list[str], heard: list[str], reply: str) -> 
     def times(key: str) -> int:
         return len(re.findall(lex.raw[key], plain))
 
+    named, theirs = moods(reply, lex), set().union(*(moods(text, lex) for text in (profile.scene, *said)))
     logps = [naturalness(part, every, lex.language, cut=False) for part in parts]
     return {
         "story": soft(math.fsum(rare(unit, lex) for unit in mine), 1.5),
@@ -153,7 +162,10 @@ def measure(profile: Profile, said: list[str], heard: list[str], reply: str) -> 
         "length": clip(size / long[0]), "long": clip(size / long[0] - 1),
         "garbled": salad([x for part in logps for x in part], 1, lex.language),
         "worst": max((salad(part, 0, lex.language) for part in logps), default=0.0),
-        "absolves": clip(times("absolves")), "blames": clip(times("blames")), "feelings": clip(times("feelings") / 2),
+        "absolves": clip(times("absolves")), "blames": clip(times("blames")), "feelings": clip((len(named) + times("plain_feelings")) / 2),
+        "heard": float(bool(named & moods(said[-1], lex))), "misheard": clip(len(named - theirs) / 2),
+        "same": max((len(set(items) & old) / len(set(items) | old) for old in map(set, map(tokens, heard))), default=0.0),
+        "doubled": 1 - len(set(items)) / size,
         "self": clip((times("first_person") - times("as_a_friend")) / 2),
         "wrong_number": float(any(word in lex.numbers or word.isdigit() for word in set(items) - every)),
     }
