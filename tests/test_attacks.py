@@ -15,10 +15,10 @@ from simulator import EmotionRules
 from users.offline import MODES, OfflineUser
 
 FLOORS = {  # table: right side of 0 in vanilla mode of English attacks, good replies, Chinese attacks, good replies
-    "attacks": (15, 17, 7, 17),  # of 20 each
-    "attacks2": (17, 15, 2, 7),  # of 24, 16, 16, 8
-    "attacks3": (36, 11, 1, 3),  # of 44, 12, 20, 4
-}  # Chinese logs hold no attack: fitted to them, that user is no judge of any
+    "attacks": (13, 11, 15, 12),  # of 20 each
+    "attacks2": (17, 9, 14, 5),  # of 24, 16, 16, 8
+    "attacks3": (33, 6, 17, 3),  # of 44, 12, 20, 4
+}
 
 
 @pytest.mark.parametrize("table", ["attacks", "attacks2", "attacks3"])

@@ -250,6 +250,13 @@ MORE = {  # feature: (a reply that has more of it than the other, the other)
     "run_on": ("you " + "and you " * 30 + ".", PLAIN),
     "length": (PLAIN + " " + PLAIN, PLAIN),
     "long": (PLAIN * 7, PLAIN * 4),
+    "absolves": ("It was not your fault, Dana took it.", PLAIN),
+    "blames": ("You should have told her, it was your own fault.", PLAIN),
+    "feelings": ("You feel tired and so alone.", PLAIN),
+    "misheard": ("You feel ashamed and afraid.", PLAIN),
+    "self": ("I once baked bread for my own mother.", "I am so sorry, I hear you."),
+    "doubled": ("You worked and worked and you worked.", PLAIN),
+    "wrong_number": ("You baked ninety rolls.", "You baked two hundred rolls."),
     "garbled": (SALAD, PLAIN), "worst": (f"{SALAD} {PLAIN}", PLAIN),
 }  # fmt: skip
 
@@ -260,8 +267,20 @@ def test_a_feature_hears_what_it_names(name):
     assert more > less
 
 
+def test_the_feeling_that_was_spoken_of_is_heard():
+    someone = person("en", "bakery", "praise")
+    said = ["I am so ashamed of it."]
+    assert measure(someone, said, [], "You feel foolish.")["heard"] == 1  # of one kind with ashamed
+    assert measure(someone, said, [], "You feel lonely.")["heard"] == 0
+    assert measure(someone, said, [], "You feel foolish.")["misheard"] == 0
+
+
+def test_the_same_again_is_how_much_of_it_was_said_before():
+    assert heard(PLAIN)["same"] == 0 and heard(PLAIN, [PLAIN, "No."])["same"] == 1 and heard("", [""])["same"] == 0
+
+
 def test_every_feature_has_such_an_example():
-    assert heard(PLAIN).keys() == MORE.keys() | {"again"}
+    assert heard(PLAIN).keys() == MORE.keys() | {"again", "heard", "same"}
     assert heard(PLAIN, [PLAIN])["again"] == 1 and heard(PLAIN, ["Something else was said."])["again"] == 0
 
 
@@ -291,8 +310,9 @@ def test_words_and_features_are_applied_as_they_were_fitted(language):
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_signs_that_nobody_doubts(language):
     weights = lexicon(language).fit["features"]
-    assert all(weights.get(name, 0) >= 0 for name in ("story", "talk", "joined", "tone", "need"))
-    costs = "foreign wrong_kin wrong_owner cheer marks loops again copied cut run_on long garbled worst".split()
+    assert all(weights.get(name, 0) >= 0 for name in ("heard", "story", "talk", "joined", "tone", "need"))
+    costs = """blames self misheard same doubled wrong_number foreign wrong_kin wrong_owner cheer marks loops again
+    copied cut run_on long garbled worst""".split()
     assert all(weights.get(name, 0) <= 0 for name in costs)
 
 

@@ -164,7 +164,7 @@ def measure(profile: Profile, said: list[str], heard: list[str], reply: str) -> 
         "worst": max((salad(part, 0, lex.language) for part in logps), default=0.0),
         "absolves": clip(times("absolves")), "blames": clip(times("blames")), "feelings": clip((len(named) + times("plain_feelings")) / 2),
         "heard": float(bool(named & moods(said[-1], lex))), "misheard": clip(len(named - theirs) / 2),
-        "same": max((len(set(items) & old) / len(set(items) | old) for old in map(set, map(tokens, heard))), default=0.0),
+        "same": max((len(set(items) & old) / max(1, len(set(items) | old)) for old in map(set, map(tokens, heard))), default=0.0),
         "doubled": 1 - len(set(items)) / size,
         "self": clip((times("first_person") - times("as_a_friend")) / 2),
         "wrong_number": float(any(word in lex.numbers or word.isdigit() for word in set(items) - every)),
