@@ -17,8 +17,8 @@ PEOPLE = [person.id for person in everybody().values() if person.language == "en
 
 
 def replies(count=30):
-    return [{"id": f"t{n:02}", "profile": PEOPLE[n % 6], "source": f"secret {n % 3}", "how": "", "said": ["Hello.", "So."],
-             "earlier": ["Yes?"], "reply": f"reply number {n}"} for n in range(count)]  # fmt: skip
+    return [{"id": f"t{n:02}", "profile": PEOPLE[n % 6], "source": f"secret {n % 3}", "how": "",
+             "said": ["Hello.", "So."], "earlier": ["Yes?"], "reply": f"reply number {n}"} for n in range(count)]
 
 
 def test_each_judge_gets_every_reply_once_in_its_own_order_without_a_source(tmp_path, capsys):
@@ -81,14 +81,14 @@ def evaluated(folder: Path, score: float, reply: str) -> Path:
     history = [{"role": "user", "content": "Hello.", "emotion-point": 40.0},
                {"role": "assistant", "content": reply},
                {"role": "user", "content": "Oh.", "emotion-point": score, "planning": {"change": score - 40}}]
-    row = {"id": "somebody", "status": "ok", "emo_point": score, "emo_state": "C", "history": history, "task": "", "player": "", "scene": ""}
+    row = dict(id="somebody", status="ok", emo_point=score, emo_state="C", history=history, task="", player="", scene="")
     (folder / "dialogues.jsonl").write_text(json.dumps(row) + "\n")
     return folder
 
 
 def test_the_demo_ends_with_both_ears_formula_and_two_talks_side_by_side(tmp_path):
-    folders = [evaluated(tmp_path / name, score, reply) for name, score, reply in
-               (("start", 8.0, "raw"), ("before", 21.0, "I hear you."), ("after", 35.0, "You\x1b[31m did nothing wrong."))]
+    found = ("start", 8.0, "raw"), ("before", 21.0, "I hear you."), ("after", 35.0, "You\x1b[31m did nothing wrong.")
+    folders = [evaluated(tmp_path / name, score, reply) for name, score, reply in found]
     text = demo.comparison(*folders)
     lines = text.splitlines()
     assert re.search(r"by the user\s+8.00\s+21.00\s+35.00", lines[1])
