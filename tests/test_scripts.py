@@ -81,20 +81,21 @@ def evaluated(folder: Path, score: float, reply: str) -> Path:
     history = [{"role": "user", "content": "Hello.", "emotion-point": 40.0},
                {"role": "assistant", "content": reply},
                {"role": "user", "content": "Oh.", "emotion-point": score, "planning": {"change": score - 40}}]
-    row = dict(id="somebody", status="ok", emo_point=score, emo_state="C", history=history, task="", player="", scene="")
+    row = dict(id="somebody", status="ok", emo_point=score, emo_state="C", history=history, task="", player="",
+               scene="")
     (folder / "dialogues.jsonl").write_text(json.dumps(row) + "\n")
     return folder
 
 
 def test_the_demo_ends_with_both_ears_formula_and_two_talks_side_by_side(tmp_path):
-    found = ("start", 8.0, "raw"), ("before", 21.0, "I hear you."), ("after", 35.0, "You\x1b[31m did nothing wrong.")
+    found = ("start", 8.0, "raw"), ("before", 21.0, "I hear you."), ("after", 35.0, "You\x1b[31m did right.")
     folders = [evaluated(tmp_path / name, score, reply) for name, score, reply in found]
     text = demo.comparison(*folders)
     lines = text.splitlines()
     assert re.search(r"by the user\s+8.00\s+21.00\s+35.00", lines[1])
     assert re.search(r"second ear.*\s7.00\s+20.00\s+34.00", lines[2])
     assert "0.10" in lines[3] and "0.20" in lines[4]
-    assert re.search(r"> I hear you\.\s+\|\s+> You \[31m did nothing", text)  # no control character
+    assert re.search(r"> I hear you\.\s+\|\s+> You \[31m did right", text)  # no control character
     assert "\x1b" not in text and "raw" not in text
 
 

@@ -1,0 +1,57 @@
+"""What the offline user rewards, as a figure: its features' weights, and the words that each hidden intention likes.
+
+    python scripts/user_figure.py [en|zh] docs/offline_user.png
+
+Reads data/offline/en_fit.json or zh_fit.json and nothing else. Weights add to the log-odds of a good reply.
+"""
+
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from config import InputError  # noqa: E402
+from simulator import INTENTIONS  # noqa: E402
+from users.offline import lexicon  # noqa: E402
+
+EACH = 4  # words shown for an intention
+
+
+def draw(fit: dict, png: Path) -> None:
+    """Bars of the features, and a table in colours: the words that one intention weighs unlike the others."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 6.4), layout="constrained", width_ratios=(1, 1.2))
+    weights = dict(sorted(fit["features"].items(), key=lambda pair: pair[1]))
+    left.barh([*weights], [*weights.values()], color=["tab:green" if w > 0 else "tab:red" for w in weights.values()])
+    left.tick_params(labelsize=8)
+    left.set_title("weight of a feature (0..1) for everybody", fontsize=10)
+    words = []
+    for key in INTENTIONS:
+        own = sorted(fit["words"], key=lambda word: -fit["words"][word].get(key, 0.0))
+        words += [word for word in own if word not in words][:EACH]
+    table = np.array([[fit["words"][word].get(key, 0.0) for key in INTENTIONS] for word in words])
+    limit = abs(table).max()
+    image = right.imshow(table, cmap="RdYlGn", vmin=-limit, vmax=limit, aspect="auto")
+    right.set_xticks(range(len(INTENTIONS)), [*INTENTIONS], rotation=40, ha="right", fontsize=8)
+    right.set_yticks(range(len(words)), words, fontsize=8)
+    right.set_title("weight of a word by hidden intention, beside that for everybody", fontsize=10)
+    figure.colorbar(image, ax=right, shrink=0.6)
+    figure.savefig(png, dpi=100)
+
+
+def main(argv: list[str]) -> None:
+    if not argv or argv[0] not in ("en", "zh", argv[-1]) or not argv[-1].endswith(".png"):
+        raise InputError("scripts/user_figure.py wants en or zh, then a .png to write")
+    draw(lexicon(argv[0] if len(argv) > 1 else "en").fit, Path(argv[-1]))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
