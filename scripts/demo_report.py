@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from config import own_rows, read_json  # noqa: E402
+from judges.shadow import final_emotion, formula  # noqa: E402
 from score import by_profile, paired_bootstrap, read_log, summary  # noqa: E402
 
 
@@ -49,29 +50,40 @@ def figures(runs: list[Path]) -> list[str]:
     pooled by profile.
     """
     lines = [
-        "| run | before: score / success / failure | after | gain (95 % interval) |",
-        "|---|---|---|---|",
+        "| run | before: score / success / failure | after | gain (95 %) | by the second ear | commonest 4 words |",
+        "|---|---|---|---|---|---|",
     ]
-    pooled: dict[str, list[tuple[dict, dict]]] = {}
+    pooled: dict[str, list[list[tuple[dict, dict]]]] = {}
     for run in runs:
         logs = [
             read_log(str(run / "eval" / when / "dialogues.jsonl")) for when in ("before", "after")
         ]
         before, after = (summary(rows) for rows in logs)
-        points = [by_profile(rows) for rows in logs]
-        pooled.setdefault(read_json(run / "config.json")["algorithm"], []).append(tuple(points))
+        ears = [tuple(map(by_profile, logs)), tuple(map(by_second_ear, logs))]
+        pooled.setdefault(read_json(run / "config.json")["algorithm"], []).append(ears)
         shown = [
             f"{s['score']:.1f} / {s['success']} / {s['failure']} of {s['n']}"
             for s in (before, after)
         ]
-        lines.append(f"| {run.name} | {shown[0]} | {shown[1]} | {interval(*points)} |")
-    for algorithm, pairs in pooled.items():
+        alike = " to ".join(f"{formula(rows)['formula/commonest']:.0%}" for rows in logs)
+        gains = " | ".join(interval(*pair) for pair in ears)
+        lines.append(f"| {run.name} | {shown[0]} | {shown[1]} | {gains} | {alike} |")
+    for algorithm, found in pooled.items():
         joined = [
-            {name: sum((pair[side][name] for pair in pairs), []) for name in pairs[0][side]}
-            for side in (0, 1)
+            [{name: sum((pair[side][name] for pair in pairs), []) for name in pairs[0][side]} for side in (0, 1)]
+            for pairs in zip(*found)
         ]
-        lines.append(f"| {algorithm}, {len(pairs)} seeds pooled | | | {interval(*joined)} |")
+        gains = " | ".join(interval(*pair) for pair in joined)
+        lines.append(f"| {algorithm}, {len(found)} seeds pooled | | | {gains} | |")
     return lines
+
+
+def by_second_ear(rows: list[dict]) -> dict[str, list[float]]:
+    """Final emotions of a log by profile, as judges/shadow.py hears them."""
+    ends: dict[str, list[float]] = {}
+    for row in rows:
+        ends.setdefault(row["id"], []).append(final_emotion(row))
+    return ends
 
 
 def interval(before: dict, after: dict) -> str:
