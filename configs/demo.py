@@ -14,8 +14,7 @@ from config import Config
 config = Config(
     critic="head",
     credit="turn",  # each reply answers for the change of emotion it brought: half the noise of the final emotion
-    gamma=0.0,  # and for that alone: the critic learns little in 16 steps (LOG.md)
-    lam=0.0,
+    lam=0.0,  # and for that alone: the critic learns little in 16 steps (LOG.md)
     groups=2,
     group_size=16,
     learn_from=6,  # rolling out costs less than learning, and the middle teaches little
