@@ -2,11 +2,14 @@
 
     python scripts/blind.py write REPLIES.jsonl OUT [--batches 8]    OUT/a0.txt ... b7.txt
     python scripts/blind.py join REPLIES.jsonl OUT >> data/judged/en.jsonl
+    python scripts/blind.py report JUDGED.jsonl...           means by source, gains over the source "before"
 
 A line of REPLIES has id, profile, source, how, said, earlier and reply (data/judged/README.md). A batch holds people
 with all their replies in random order, without source; the two judges' batches are grouped and ordered differently.
 Each is given to a fresh judge with prompts/judge_en.txt, who writes a file of the same name that ends in .jsonl:
 {"id", "change", "soundness", "why"} a line. `join` fails where a judgement is missing, double or out of range.
+`report` reads joined replies, and pairs: rows with `source`, `profile`, and `a`, `b` true where a judge preferred the
+later reply.
 """
 
 import argparse
@@ -14,10 +17,11 @@ import json
 import random
 import sys
 from pathlib import Path
+from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from config import InputError, read_rows, require  # noqa: E402
-from judges.gauge import everybody  # noqa: E402
+from judges.gauge import bootstrap, everybody, judged  # noqa: E402
 from simulator import load_profiles  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -74,17 +78,45 @@ def join(rows: list[dict], out: Path) -> list[dict]:
     return rows
 
 
+def report(rows: list[dict]) -> list[str]:
+    """Lines: mean change and soundness by source, with the gain over "before" and its interval over people; and of
+    pairs the share in which the later reply was preferred.
+    """
+    lines, found = [], {}
+    for row in rows:
+        key = row["source"], isinstance(row["a"], bool)
+        found.setdefault(key, {}).setdefault(row["profile"], []).append(row)
+    before = found.get(("before", False), {})
+    for (source, pairs), people in sorted(found.items()):
+        every = [row for some in people.values() for row in some]
+        if pairs:
+            mean, low, high = bootstrap({who: [(r["a"] + r["b"]) / 2 for r in some] for who, some in people.items()})
+            lines.append(f"{source}: preferred in {mean:.0%} ({low:.0%} to {high:.0%}) of {2 * len(every)} judgements")
+            continue
+        sound = fmean((row["a"]["soundness"] + row["b"]["soundness"]) / 2 for row in every)
+        text = f"{source}: {len(every)} replies, change {fmean(map(judged, every)):+.2f}, soundness {sound:.1f}"
+        if source != "before" and before.keys() >= people.keys():
+            gain, low, high = bootstrap({who: [fmean(map(judged, some)) - fmean(map(judged, before[who]))]
+                                         for who, some in people.items()})  # fmt: skip
+            text += f", gain {gain:+.2f} ({low:+.2f} to {high:+.2f})"
+        lines.append(text)
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("write", "join"))
+    parser.add_argument("command", choices=("write", "join", "report"))
     parser.add_argument("replies", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=Path, nargs="*", help="the folder of batches; of report: more files")
     parser.add_argument("--batches", type=int, default=8)
     args = parser.parse_args()
+    if args.command == "report":
+        return print("\n".join(report([row for path in (args.replies, *args.out) for _, row in read_rows(path)])))
+    require(len(args.out) == 1, f"blind.py {args.command} wants the replies, then one folder")
     rows = [row for _, row in read_rows(args.replies)]
     if args.command == "write":
-        return write(rows, args.out, args.batches)
-    for row in join(rows, args.out):
+        return write(rows, args.out[0], args.batches)
+    for row in join(rows, args.out[0]):
         print(json.dumps(row, ensure_ascii=False))
 
 

@@ -72,6 +72,20 @@ def test_blind_batches_from_the_command_line(tmp_path):
     assert done.returncode == 2 and "t00 lacks a judgement" in done.stderr and not done.stdout
 
 
+def test_a_report_pairs_people_and_counts_preferences():
+    def row(source, who, change):
+        judgement = {"change": change, "soundness": 5, "why": ""}
+        return {"source": source, "profile": who, "a": judgement, "b": {**judgement, "change": change + 1}}
+
+    rows = [row("before", "p", -4), row("before", "q", -2)]
+    rows += [row("ppo", "p", -1), row("ppo", "p", 1), row("ppo", "q", -2)]
+    rows += [{"source": "ppo", "profile": who, "a": a, "b": True} for who, a in (("p", True), ("q", False))]
+    before, after, pairs = blind.report(rows)
+    assert before == "before: 2 replies, change -2.50, soundness 5.0"
+    assert after.startswith("ppo: 3 replies, change -0.17, soundness 5.0, gain +2.00 (+0.00 to +4.00)")  # (4 + 0) / 2
+    assert pairs == "ppo: preferred in 75% (50% to 100%) of 4 judgements"
+
+
 # --- the demo's end
 
 def evaluated(folder: Path, score: float, reply: str) -> Path:
