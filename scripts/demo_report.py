@@ -149,7 +149,10 @@ def main() -> None:
     if args.png:
         curves(args.runs, args.png)
     if args.dialogues:
-        legend = "Written by `scripts/demo_report.py`; bold is the user's emotion (start 40), in brackets its change."
+        legend = (
+            "Written by `scripts/demo_report.py`; bold is the user's emotion (start 40), in brackets its change. "
+            "Before: the model after its warm-up."
+        )
         head = ["# Dialogues of the demo, before and after", "", legend, ""]
         args.dialogues.write_text("\n".join(head + dialogues(args.runs[0])), encoding="utf-8")
 
