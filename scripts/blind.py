@@ -106,17 +106,16 @@ def report(rows: list[dict]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("write", "join", "report"))
-    parser.add_argument("replies", type=Path)
-    parser.add_argument("out", type=Path, nargs="*", help="the folder of batches; of report: more files")
+    parser.add_argument("paths", type=Path, nargs="+", help="REPLIES and OUT, or files to report on")
     parser.add_argument("--batches", type=int, default=8)
     args = parser.parse_args()
     if args.command == "report":
-        return print("\n".join(report([row for path in (args.replies, *args.out) for _, row in read_rows(path)])))
-    require(len(args.out) == 1, f"blind.py {args.command} wants the replies, then one folder")
-    rows = [row for _, row in read_rows(args.replies)]
+        return print("\n".join(report([row for path in args.paths for _, row in read_rows(path)])))
+    require(len(args.paths) == 2, f"scripts/blind.py {args.command} wants the replies, then one folder")
+    (_, rows), out = zip(*read_rows(args.paths[0])), args.paths[1]
     if args.command == "write":
-        return write(rows, args.out[0], args.batches)
-    for row in join(rows, args.out[0]):
+        return write(rows, out, args.batches)
+    for row in join(rows, out):
         print(json.dumps(row, ensure_ascii=False))
 
 

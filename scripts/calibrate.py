@@ -4,13 +4,13 @@
     python scripts/calibrate.py zh ../shared/data/sage_logs/*.gz    writes data/offline/zh_fit.json
     python scripts/calibrate.py check ../shared/data/sage_logs/*.gz   prints its figures, people and models left out
 
-change = 20 s(z) - 10, where s is the logistic function and z a sum over named features, each with a
-weight of its own and a smaller one for each hidden intention. Two of the features, `tone` and
-`need`, are sums over a list of words whose weights are fitted first, on other people than those
-they are then used on. All weights are shrunk towards 0 (ridge); where nobody doubts a sign it is
-bound. Whatever is printed is measured on people that the fit has not seen.
+change = 20 s(z) - 10, where s is the logistic function and z a weighted sum of named features. Two of
+them, `tone` and `need`, are sums over a list of words, `need` with weights of its own for each hidden
+intention; these are fitted first, on other people than those they are then used on. All weights are shrunk towards 0 (ridge); where nobody doubts a sign it is bound.
+Whatever is printed is measured on people that the fit has not seen.
 """
 
+import argparse
 import json
 import sys
 from collections import Counter
@@ -31,7 +31,7 @@ from users.offline import DATA, measure, phrases, user_hash, with_context  # noq
 UP = "heard story talk joined tone need".split()
 DOWN = """foreign blames self misheard same doubled wrong_number wrong_kin wrong_owner cheer marks loops again copied
 cut run_on long garbled worst""".split()
-# What was left when features that add nothing on people and sources left out had gone, one by one.
+# What added something on people left out, by dropping and adding one feature at a time (docs/offline_user.md).
 KEPT = {"en": set("""talk joined foreign wrong_kin wrong_owner wrong_number you self absolves blames feelings misheard
 same doubled copied cut run_on length worst tone need""".split())
         | {"story x tone", "story x need", "story x foreign", "story x cheer", "joined x wrong_owner",
@@ -199,13 +199,19 @@ def save(fitted: dict, figures: dict, language: str, command: str) -> Path:
     return path
 
 
-def main(argv: list[str]) -> None:
-    language, command = argv[0], "python scripts/calibrate.py " + " ".join(argv)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("language", choices=("en", "zh", "check"))
+    parser.add_argument("logs", nargs="*", help="SAGE's logs, for zh and check")
+    args = parser.parse_args()
+    language, command = args.language, f"python scripts/calibrate.py {args.language}"
+    if bool(args.logs) == (language == "en"):
+        parser.error(f"{language} {'reads no logs' if args.logs else 'wants the logs of a real user'}")
     if language == "check":
-        return print(json.dumps(left_out(*chinese(argv[1:])), indent=1))
+        return print(json.dumps(left_out(*chinese(args.logs)), indent=1))
     if language == "zh":
-        rows, models, seen = chinese(argv[1:])
-        command = "python scripts/calibrate.py zh SAGE_LOGS"
+        rows, models, seen = chinese(args.logs)
+        command += " SAGE_LOGS"
     else:
         rows, raw = judged("en.jsonl", "a")
         seen = np.array([row["split"] == "fit" for row in raw])
@@ -222,4 +228,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

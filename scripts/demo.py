@@ -13,7 +13,6 @@ from itertools import zip_longest
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-WARM = "runs/warm-up"  # made once, shared by all demos
 sys.path.insert(0, str(ROOT))
 from config import InputError, load_config, read_json  # noqa: E402
 from score import read_log  # noqa: E402
@@ -88,11 +87,12 @@ warm-up    a few minutes of supervised learning first: what reinforcement adds i
 expect     about a quarter of an hour on two CPU cores""")
     out = Path(config.run) / "eval"
     start, before, after = (str(out / when) for when in ("start", "before", "after"))
+    warm = f"{config.run}/warm-up"
     benchmark(config.model, argv, start)
-    if not (ROOT / WARM / "config.json").exists():
-        run("scripts/warmup.py", *(arg for arg in argv if not arg.startswith(("run=", "seed="))), WARM)
-    benchmark(WARM, argv, before)
-    run("train.py", *argv, f"model={WARM}")
+    if not (ROOT / warm).exists():
+        run("scripts/warmup.py", *argv, "seed=0", warm)  # one start for every seed of a demo
+    benchmark(warm, argv, before)
+    run("train.py", *argv, f"model={warm}")
     benchmark(f"{config.run}/model", argv, after)
     run("eval.py", "compare", f"{start}/dialogues.jsonl", f"{before}/dialogues.jsonl")
     run("eval.py", "compare", f"{before}/dialogues.jsonl", f"{after}/dialogues.jsonl")

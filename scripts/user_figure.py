@@ -1,10 +1,11 @@
 """What the offline user rewards, as a figure: its features' weights, and the words that each hidden intention likes.
 
-    python scripts/user_figure.py [en|zh] docs/offline_user.png
+    python scripts/user_figure.py en docs/offline_user.png
 
-Reads data/offline/en_fit.json or zh_fit.json and nothing else. Weights add to the log-odds of a good reply.
+Weights are those of data/offline/en_fit.json or zh_fit.json; they add to the log-odds of a good reply.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -15,7 +16,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from config import InputError  # noqa: E402
 from simulator import INTENTIONS  # noqa: E402
 from users.offline import lexicon  # noqa: E402
 
@@ -43,15 +43,13 @@ def draw(fit: dict, png: Path) -> None:
     figure.savefig(png, dpi=100)
 
 
-def main(argv: list[str]) -> None:
-    if not argv or argv[0] not in ("en", "zh", argv[-1]) or not argv[-1].endswith(".png"):
-        raise InputError("scripts/user_figure.py wants en or zh, then a .png to write")
-    draw(lexicon(argv[0] if len(argv) > 1 else "en").fit, Path(argv[-1]))
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("language", choices=("en", "zh"))
+    parser.add_argument("png", type=Path)
+    args = parser.parse_args()
+    draw(lexicon(args.language).fit, args.png)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    main()

@@ -113,6 +113,31 @@ def test_the_demo_ends_with_both_ears_formula_and_two_talks_side_by_side(tmp_pat
     assert "\x1b" not in text and "raw" not in text
 
 
+def test_a_demo_warms_up_what_it_was_given_and_trains_from_there(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def record(*command):
+        ran.append(command)
+        if command[0] == "eval.py" and command[1] == "run":
+            evaluated_at = tmp_path / command[-1].removeprefix("out=")
+            evaluated_at.parent.mkdir(parents=True, exist_ok=True)
+            evaluated(evaluated_at, 8.0, "I hear you.")
+
+    monkeypatch.setattr(demo, "run", record)
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    monkeypatch.setattr(demo, "load_profiles", lambda path: [])
+    demo.main(["model=mine", "run=out", "seed=2"])
+    own = ("model=mine", "run=out", "seed=2")
+    assert ran[:5] == [
+        ("eval.py", "run", "mine", *own, "out=out/eval/start"),
+        ("scripts/warmup.py", *own, "seed=0", "out/warm-up"),
+        ("eval.py", "run", "out/warm-up", *own, "out=out/eval/before"),
+        ("train.py", *own, "model=out/warm-up"),
+        ("eval.py", "run", "out/model", *own, "out=out/eval/after"),
+    ]
+    assert "second ear" in capsys.readouterr().out
+
+
 def test_the_warm_up_learns_from_training_people_alone():
     rows = [row for _, row in read_rows(JUDGED / "warmup_en.jsonl")]
     assert {row["profile"] for row in rows} <= set(everybody())
