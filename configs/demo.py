@@ -1,6 +1,6 @@
 """The demo: a warmed-up SmolLM2-135M-Instruct learns to talk with the offline user, by PPO.
 
-    make demo          or, the training alone: python train.py configs/demo.py model=runs/demo/warm-up
+    make demo          or, the training alone: python train.py configs/demo.py model=runs/demo-warm-up
 
 Two CPU cores, fp32. Model: SmolLM2-135M-Instruct after scripts/warmup.py. User: offline, vanilla.
 Training: 16 steps of 2 people x 16 dialogues, 4 turns, replies of at most 48 tokens, emotion starts

@@ -87,7 +87,7 @@ warm-up    a few minutes of supervised learning first: what reinforcement adds i
 expect     about a quarter of an hour on two CPU cores""")
     out = Path(config.run) / "eval"
     start, before, after = (str(out / when) for when in ("start", "before", "after"))
-    warm = f"{config.run}/warm-up"
+    warm = f"{config.run}-warm-up"  # beside the run: train.py wants its folder for itself
     benchmark(config.model, argv, start)
     if not (ROOT / warm).exists():
         run("scripts/warmup.py", *argv, "seed=0", warm)  # one start for every seed of a demo

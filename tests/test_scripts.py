@@ -130,9 +130,9 @@ def test_a_demo_warms_up_what_it_was_given_and_trains_from_there(tmp_path, monke
     own = ("model=mine", "run=out", "seed=2")
     assert ran[:5] == [
         ("eval.py", "run", "mine", *own, "out=out/eval/start"),
-        ("scripts/warmup.py", *own, "seed=0", "out/warm-up"),
-        ("eval.py", "run", "out/warm-up", *own, "out=out/eval/before"),
-        ("train.py", *own, "model=out/warm-up"),
+        ("scripts/warmup.py", *own, "seed=0", "out-warm-up"),
+        ("eval.py", "run", "out-warm-up", *own, "out=out/eval/before"),
+        ("train.py", *own, "model=out-warm-up"),
         ("eval.py", "run", "out/model", *own, "out=out/eval/after"),
     ]
     assert "second ear" in capsys.readouterr().out
