@@ -6,8 +6,9 @@
 
 change = 20 s(z) - 10, where s is the logistic function and z a weighted sum of named features. Two of
 them, `tone` and `need`, are sums over a list of words, `need` with weights of its own for each hidden
-intention; these are fitted first, on other people than those they are then used on. All
-weights are shrunk towards 0 (ridge); where nobody doubts a sign it is bound. Whatever is printed is measured on people that the fit has not seen.
+intention; these are fitted first, on other people than those they are then used on. All weights are
+shrunk towards 0 (ridge); where nobody doubts a sign it is bound. Whatever is printed is measured on
+people that the fit has not seen.
 """
 
 import argparse
