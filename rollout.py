@@ -70,19 +70,21 @@ class Dialogue:
 
 
 def token_rewards(dialogue: Dialogue, credit: str) -> list[float]:
-    """The reward as a vector over the dialogue's sampled tokens; its sum is `dialogue.reward`.
+    """The reward as a vector over the dialogue's sampled tokens.
 
     "final" puts all of it on the last token (RLVER). "turn" puts each turn's change of emotion on
-    its last token and the opening's emotion on the very last. At gamma = 1 both have one objective;
-    "turn" does not blame a reply for what happened before it.
+    its last token: the sum lacks what the dialogue began with, which no reply has earned. At gamma
+    = 1 both have one objective; "turn" does not blame a reply for what happened before it.
     """
+    if credit == "final":
+        return [0.0] * (sum(len(turn.sampled_ids) for turn in dialogue.turns) - 1) + [dialogue.reward]
     rewards: list[float] = []
-    given, last = 0.0, dialogue.opening.emotion / 100
+    last = dialogue.opening.emotion / 100
     for turn in dialogue.turns:
         now = turn.user.emotion / 100 if turn.user else last
-        rewards += [0.0] * (len(turn.sampled_ids) - 1) + [now - last if credit == "turn" else 0.0]
-        given, last = given + rewards[-1], now
-    rewards[-1] += dialogue.reward - given
+        rewards += [0.0] * (len(turn.sampled_ids) - 1) + [now - last]
+        last = now
+    rewards[-1] += dialogue.reward - last  # a broken format loses all there is
     return rewards
 
 

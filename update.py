@@ -10,6 +10,7 @@ without asking, and only vectors over trained tokens are exchanged.
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 from statistics import fmean
 
 import torch
@@ -76,7 +77,8 @@ def build(config: Config, world: World) -> State:
     policy = make_model(config, world)
     critic = head = reference = None
     if config.algorithm == "ppo":
-        head = ValueHead(policy.config.hidden_size, config.start_emotion / 100).to(world.device)
+        expected = config.start_emotion / 100 if config.credit == "final" else 0.0
+        head = ValueHead(policy.config.hidden_size, expected).to(world.device)
         if config.critic == "trunk":
             critic = policy if config.lora_rank else make_model(config, world, critic=True)
     if config.kl_coef:
@@ -173,8 +175,8 @@ def grpo_vectors(config: Config, rewards: Vectors, spans: Spans) -> Estimates:
     """Advantages of all dialogues whose group has more than one, and metrics."""
     to_go = {}
     for key, lengths in spans.items():
-        begins = [sum(lengths[:i]) for i in range(len(lengths))]
-        to_go[key] = [float(rewards[key][begin:].sum()) for begin in begins]
+        backwards = [float(part.sum()) for part in rewards[key].split(lengths)][::-1]
+        to_go[key] = list(accumulate(backwards, lambda later, now: now + config.gamma * later))[::-1]
     found, flat = grpo.group_advantages(to_go, config.scale_advantage)
     advantage = {k: torch.tensor(found[k]).repeat_interleave(torch.tensor(spans[k])) for k in found}
     return {"advantage": advantage}, {"group/zero_spread": flat}

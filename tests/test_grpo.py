@@ -121,16 +121,22 @@ def test_dialogues_with_unequal_turns_get_the_same_baseline_in_both_sample_layou
 
 @pytest.mark.parametrize("think", [False, True])
 @pytest.mark.parametrize("micro_tokens", [1, 9, 1000])
-def test_by_turn_a_token_gets_the_reward_from_its_turn_on_against_the_groups_same_turn(think, micro_tokens):
+@pytest.mark.parametrize("gamma, by_hand", [
+    (1.0, {(0, 0): [0.15, 0, 0, 0], (0, 1): [-0.15], (1, 0): [-0.4, -0.45], (1, 1): [0.4, 0.45, 0]}),
+    (0.5, {(0, 0): [-0.13125, 0, 0, 0], (0, 1): [0.13125], (1, 0): [-0.1375, -0.375], (1, 1): [0.1375, 0.375, 0]}),
+    (0.0, {(0, 0): [-0.15, 0, 0, 0], (0, 1): [0.15], (1, 0): [0.05, -0.3], (1, 1): [-0.05, 0.3, 0]}),
+])  # fmt: skip
+def test_by_turn_a_token_gets_the_reward_from_its_turn_on_against_the_groups_same_turn(
+    think, micro_tokens, gamma, by_hand
+):
     """Group 0: changes .1 -.2 .3 .5 and .4; turns two to four stand alone and have no baseline."""
     changes = {(0, 0): [0.1, -0.2, 0.3, 0.5], (0, 1): [0.4], (1, 0): [0.2, -0.4], (1, 1): [0.1, 0.2, 0.3]}
     last = lambda n, change: [0.0] * (n - 1) + [change]  # noqa: E731
     rewards = {k: torch.tensor(sum((last(n, c) for n, c in zip(TURNS[k], changes[k])), [])) for k in TURNS}
     items = [item for key, turns in TURNS.items() for item in layout(key, turns, think)]
     pieces = [Piece(pack(part)) for part in split(items, micro_tokens)]
-    config = Config(algorithm="grpo", scale_advantage=False, credit="turn", think=think)
+    config = Config(algorithm="grpo", scale_advantage=False, credit="turn", think=think, gamma=gamma)
     found, _ = advantages(config, pieces, rewards, TURNS)
-    by_hand = {(0, 0): [0.15, 0, 0, 0], (0, 1): [-0.15], (1, 0): [-0.4, -0.45], (1, 1): [0.4, 0.45, 0]}
     expected = [amount for key, turns in TURNS.items() for n, amount in zip(turns, by_hand[key]) for _ in range(n)]
     assert found == pytest.approx(expected)
 

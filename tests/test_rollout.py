@@ -227,7 +227,7 @@ def test_the_reward_sits_on_the_last_sampled_token_or_each_change_on_its_turns_l
     dialogue.ended, lengths = ended, [len(turn.sampled_ids) for turn in dialogue.turns]
     reward = 0.34 if ended == "max_turns" else 0.0
     assert dialogue.reward == reward and len(set(lengths)) > 1
-    changes = [0.05, -0.09, reward - (0.05 - 0.09)]  # the last with what the dialogue began with: the sum is the reward
+    changes = [0.05, -0.09, 0.08 if reward else -0.26]  # a broken format loses all there was
     for credit, last in (("final", [0, 0, reward]), ("turn", changes)):
         expected = [x for length, amount in zip(lengths, last) for x in [0.0] * (length - 1) + [amount]]
         assert token_rewards(dialogue, credit) == pytest.approx(expected)

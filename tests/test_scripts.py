@@ -80,10 +80,59 @@ def test_a_report_pairs_people_and_counts_preferences():
     rows = [row("before", "p", -4), row("before", "q", -2)]
     rows += [row("ppo", "p", -1), row("ppo", "p", 1), row("ppo", "q", -2)]
     rows += [{"source": "ppo", "profile": who, "a": a, "b": True} for who, a in (("p", True), ("q", False))]
-    before, after, pairs = blind.report(rows)
+    before, after, gain, pairs = blind.report([rows])
     assert before == "before: 2 replies, change -2.50, soundness 5.0"
-    assert after.startswith("ppo: 3 replies, change -0.17, soundness 5.0, gain +2.00 (+0.00 to +4.00)")  # (4 + 0) / 2
-    assert pairs == "ppo: preferred in 75% (50% to 100%) of 4 judgements"
+    assert after == "ppo: 3 replies, change -0.17, soundness 5.0"
+    assert gain == "ppo: gain +2.00 (+0.00 to +4.00)"  # (4 + 0) / 2
+    assert pairs == "ppo: preferred in 75% (50% to 100%)"
+
+
+def test_runs_that_differ_in_their_number_alone_are_pooled_each_against_its_own_before():
+    def rows(name, before, after):
+        changes = (("before", before), (name, after))
+        return [{"source": source, "profile": "p", "a": judgement("", change=x), "b": judgement("", change=x)}
+                for source, x in changes]  # fmt: skip
+
+    lines = blind.report([rows("ppo_0", -4, -1), rows("ppo_1", -6, -5), rows("grpo_0", -5, -5)])
+    assert [line.split(" (")[0] for line in lines if "gain" in line] == [
+        "ppo_0: gain +3.00", "ppo_1: gain +1.00", "grpo_0: gain +0.00",
+        "ppo, 2 runs: gain +2.00", "all, 3 runs: gain +1.33",
+    ]  # fmt: skip
+
+
+def benchmark_log(people, words, turns):
+    """Three dialogues with each person, of as many appraised replies as `turns` says of each."""
+    def history(who, dialogue):
+        yield {"role": "user", "content": f"I am {who}.", "emotion-point": 40.0}
+        for turn in range(turns[dialogue]):
+            yield {"role": "assistant", "content": f"{words} {dialogue}.{turn}"}
+            yield {"role": "user", "content": "Oh.", "emotion-point": 40.0, "planning": {}}
+        yield {"role": "assistant", "content": "never appraised"}
+
+    return [{"id": who, "key": [0, d], "history": list(history(who, d))} for who in people for d in range(3)]
+
+
+def test_the_same_dialogues_and_turns_are_picked_of_every_log_and_pairs_beside_them(tmp_path):
+    test_people = [row["id"] for _, row in read_rows(ROOT / "data" / "en_test.jsonl")][:2]
+    spoken = {"before": ("old", (7, 7, 7)), "ppo_0": ("new", (7, 2, 7))}
+    logs = {name: benchmark_log(test_people, *how) for name, how in spoken.items()}
+    rows = blind.pick(logs)
+    assert len({row["id"] for row in rows}) == len(rows) == 2 * (2 * 4 + 1)
+    for who in test_people:
+        mine = [row for row in rows if row["profile"] == who and "reply" in row]
+        places = {name: sorted(row["how"] for row in mine if row["source"] == name) for name in logs}
+        assert places["before"] == places["ppo_0"] == ["0.0", "0.5", "1.1", "2.4"]  # dialogue 1 ended early in one log
+    assert all(row["reply"].split()[1] == row["how"] for row in rows if "reply" in row)
+    blind.write(rows, tmp_path, 1)
+    for judge in "ab":  # who prefers the later reply, wherever it stands
+        text = (tmp_path / f"{judge}_pairs.txt").read_text()
+        found = re.findall(r"--- PAIR (\S+)\n.*\n  REPLY A: «(\w+)", text)
+        assert len(found) == 2
+        better = [{"id": key, "better": "A" if first == "new" else "B"} for key, first in found]
+        (tmp_path / f"{judge}_pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in better))
+        each = [judgement(row["id"]) for row in rows if "reply" in row]
+        (tmp_path / f"{judge}0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
+    assert [row["a"] and row["b"] for row in blind.join(rows, tmp_path) if "after" in row] == [True, True]
 
 
 # --- the demo's end

@@ -171,9 +171,10 @@ def measure(profile: Profile, said: list[str], heard: list[str], reply: str) -> 
     }
 
 
-# Products of features: good words count as far as they are about this person, facts as far as they are right.
+# Products: good words count as far as they are about this person, facts as far as they are right, "not your fault" where
+# a hidden intention asks for it (judges: +5.8 a reply; to everybody else +0.7, and said to everybody it is a formula).
 PRODUCTS = (("story", "tone"), ("story", "need"), ("story", "foreign"), ("story", "cheer"), ("joined", "wrong_owner"),
-            ("length", "joined"))
+            ("length", "joined"), ("absolves", "agreement"))
 
 
 def phrases(reply: str, language: str) -> set[str]:
@@ -197,7 +198,7 @@ def wording(reply: str, profile: Profile, fit: dict) -> tuple[float, float]:
 def with_context(f: dict[str, float], profile: Profile, turn: int, emotion: float) -> dict[str, float]:
     """The features, with what is not of the reply, and the products; `tone` and `need` are in `f` already."""
     f = f | {"turn": min(1.0, turn / 4), "emotion": emotion / 50 - 1, "emotion2": (emotion / 50 - 1) ** 2,
-             "negative": float(profile.persona_type == "negative")}
+             "negative": float(profile.persona_type == "negative"), "agreement": float(profile.intention == "agreement")}
     return f | {f"{a} x {b}": f[a] * f[b] for a, b in PRODUCTS}
 
 
