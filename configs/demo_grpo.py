@@ -1,5 +1,5 @@
-"""The demo with GRPO in place of PPO: a turn's advantage is the emotion still to come, against that
-of the others' same turn with the same person; no critic.
+"""The demo with GRPO in place of PPO: a turn's advantage is its change of emotion, against that of
+the others' same turn with the same person; no critic.
 
     python scripts/demo.py configs/demo_grpo.py
 """

@@ -7,8 +7,10 @@
 change = 20 s(z) - 10, where s is the logistic function and z a weighted sum of named features. Two of
 them, `tone` and `need`, are sums over a list of words, `need` with weights of its own for each hidden
 intention; these are fitted first, on other people than those they are then used on. All weights are
-shrunk towards 0 (ridge); where nobody doubts a sign it is bound. Whatever is printed is measured on
-people that the fit has not seen.
+shrunk towards 0 (ridge); where nobody doubts a sign it is bound. English has two such sets, `small` for
+what reads as if a small model had said it and `able` for the rest, and a `gate` that says which: what
+parts a good reply from a bad one is another thing among the stumbling and among the fluent. Whatever is
+printed is measured on people that the fit has not seen.
 """
 
 import argparse
@@ -40,7 +42,9 @@ same doubled copied cut run_on length worst tone need""".split())
 LEAST = {"en": 4, "zh": 100}  # replies that hold a phrase of the list
 RIDGE, WORDS, NEEDS = 0.02, 0.01, 0.02  # of features, of words, of words by intention
 FOLDS = 4
-OWN_WEIGHT = 4.0  # of our own models' replies: the user is what they learn from
+OTHERS = 0.02  # weight of a reply of the other kind, in `able` and `small`
+GATE, DOUBT = 2.0, 2.5  # how sharply the gate parts them; in doubt a reply is a small model's, lest it learn to pass
+OWN_WEIGHT = 4.0  # of our own models' replies, for the second ear
 JUDGED_WEIGHT = 4.0  # of judged Chinese replies, against those of logs: few, but the only bad ones
 
 
@@ -62,10 +66,11 @@ def fit_glm(X, y: np.ndarray, ridge: np.ndarray, bounds: list | None = None, wei
 
 class Rows:
     """Replies with what was measured of them: features, phrases, intention, person; y [N] is what they brought,
-    weight [N] how much each counts."""
+    weight [N] how much each counts, own [N] whether a model of ours said it."""
 
-    def __init__(self, items: list[Item], y, weight):
-        self.items, self.y, self.weight = items, np.array(y), np.array(weight)
+    def __init__(self, items: list[Item], y, weight=1.0, own=False):
+        self.items, self.y = items, np.array(y)
+        self.weight, self.own = np.broadcast_to(weight, len(items)), np.broadcast_to(own, len(items))
         self.features = [measure(i.profile, list(i.said), list(i.heard), i.reply) for i in items]
         self.phrases = [phrases(i.reply, i.profile.language) for i in items]
         self.intention = np.array([i.profile.intention for i in items])
@@ -86,23 +91,28 @@ class Rows:
         return np.array([[row[name] for name in names] for row in rows]), names
 
 
-def fit_words(rows: Rows, mine: np.ndarray) -> tuple[dict, np.ndarray]:
-    """({phrase: {"all" or intention: weight}}, [N, 2] raw tone and need of every row by those weights)."""
+def bag(rows: Rows, mine: np.ndarray) -> tuple[sp.csr_matrix, list[str]]:
+    """[N, P] of the P phrases that are frequent enough, scaled by the length of a reply, and the phrases."""
     count = Counter(phrase for i in np.flatnonzero(mine) for phrase in rows.phrases[i])
     known = {phrase: j for j, phrase in enumerate(sorted(p for p, n in count.items() if n >= LEAST[rows.language]))}
     i, j, x = [], [], []
     for n, found in enumerate(rows.phrases):
         for phrase in found & known.keys():
             i.append(n), j.append(known[phrase]), x.append(1 / np.sqrt(max(9, len(found))))
-    W = sp.csr_matrix((x, (i, j)), (len(rows.phrases), len(known)))
+    return sp.csr_matrix((x, (i, j)), (len(rows.phrases), len(known))), list(known)
+
+
+def fit_words(rows: Rows, mine: np.ndarray, weight: np.ndarray) -> tuple[dict, np.ndarray]:
+    """({phrase: {"all" or intention: weight}}, [N, 2] raw tone and need of every row by those weights)."""
+    W, known = bag(rows, mine)
     table, names = rows.table(np.zeros((len(rows.y), 2)))
     own = [sp.csr_matrix(W.multiply((rows.intention == key)[:, None])) for key in INTENTIONS]
     X = sp.hstack([sp.csr_matrix(table), W, *own]).tocsr()
     ridge = np.repeat([RIDGE, WORDS, NEEDS], [table.shape[1], len(known), len(known) * len(own)])
     bounds = [bound(name) for name in names] + [(None, None)] * (X.shape[1] - len(names))
-    w = fit_glm(X[mine], rows.y[mine], ridge, bounds, rows.weight[mine])[1 + table.shape[1] :].reshape(-1, len(known))
+    w = fit_glm(X[mine], rows.y[mine], ridge, bounds, weight[mine])[1 + table.shape[1] :].reshape(-1, len(known))
     raw = np.stack([W @ w[0], sum(part @ v for part, v in zip(own, w[1:]))], 1)
-    return {phrase: dict(zip(("all", *INTENTIONS), w[:, j])) for phrase, j in known.items()}, raw
+    return {phrase: dict(zip(("all", *INTENTIONS), w[:, j])) for j, phrase in enumerate(known)}, raw
 
 
 def bound(name: str) -> tuple:
@@ -110,28 +120,54 @@ def bound(name: str) -> tuple:
     return (0, None) if name in UP else (None, 0) if name in DOWN else (None, None)
 
 
+def fit_gate(rows: Rows, mine: np.ndarray) -> tuple[dict, np.ndarray]:
+    """(the gate's coefficients, [N] its log-odds): does a reply read as if a model of ours had said it?"""
+    W, known = bag(rows, mine)
+    names = [name for name in rows.features[0] if name not in ("same", "again")]  # of the reply alone
+    X = sp.hstack([sp.csr_matrix([[f[name] for name in names] for f in rows.features]), W]).tocsr()
+    ridge = np.repeat([RIDGE, WORDS], [len(names), len(known)])
+    even = np.where(rows.own, 1.0, rows.own[mine].sum() / (~rows.own[mine]).sum())
+    w = fit_glm(X[mine], np.where(rows.own, 9.5, -9.5)[mine], ridge, None, even[mine]) * GATE
+    w[0] += DOUBT
+    words = {phrase: {"all": weight} for phrase, weight in zip(known, w[1 + len(names) :])}
+    return {"intercept": w[0], "features": dict(zip(names, w[1:].tolist())), "words": words}, X @ w[1:] + w[0]
+
+
 def fit(rows: Rows, mine: np.ndarray) -> tuple[dict, np.ndarray]:
     """(coefficients as users/offline.py reads them, [N] predictions for all rows)."""
+    if not rows.own.any():
+        able, z = fit_one(rows, mine, rows.weight)
+        return {"able": able}, 20 / (1 + np.exp(-z)) - 10
+    gate, odds = fit_gate(rows, mine)
+    able, z_able = fit_one(rows, mine, np.where(rows.own, OTHERS, 1.0))
+    small, z_small = fit_one(rows, mine, np.where(rows.own, 1.0, OTHERS))
+    share = 1 / (1 + np.exp(-odds))
+    z = (1 - share) * z_able + share * z_small
+    return {"gate": gate, "able": able, "small": small}, 20 / (1 + np.exp(-z)) - 10
+
+
+def fit_one(rows: Rows, mine: np.ndarray, weight: np.ndarray) -> tuple[dict, np.ndarray]:
+    """(one set of coefficients, [N] log-odds by them)."""
     raw, fold = np.zeros((len(rows.y), 2)), rows.folds(mine, FOLDS)
     for k in range(FOLDS):
-        raw[fold == k] = fit_words(rows, mine & (fold != k))[1][fold == k]
-    words, all_raw = fit_words(rows, mine)
+        raw[fold == k] = fit_words(rows, mine & (fold != k), weight)[1][fold == k]
+    words, all_raw = fit_words(rows, mine, weight)
     raw[~mine] = all_raw[~mine]
     limits = np.percentile(abs(raw[mine]), 97, axis=0)
     table, names = rows.table(np.clip(raw / limits, -1, 1))
     ridge = np.full(len(names), RIDGE)
-    w = fit_glm(table[mine], rows.y[mine], ridge, [bound(name) for name in names], rows.weight[mine])
+    w = fit_glm(table[mine], rows.y[mine], ridge, [bound(name) for name in names], weight[mine])
     features = {name: float(x) for name, x in zip(names, w[1:])}
     fitted = {"intercept": float(w[0]), "limits": limits.tolist(), "features": features, "words": words}
-    return fitted, 20 / (1 + np.exp(-(table @ w[1:] + w[0]))) - 10
+    return fitted, table @ w[1:] + w[0]
 
 
 def judged(name: str, judge: str) -> tuple[Rows, list[dict]]:
     """The judged replies with one judge's numbers; their emotion is unknown, and left at the middle."""
     pairs = read_items(name, everybody())
     items = [replace(item, emotion=50.0) for _, item in pairs]
-    weight = [OWN_WEIGHT if row["source"].startswith(OWN) else 1.0 for row, _ in pairs]
-    return Rows(items, [row[judge]["change"] for row, _ in pairs], weight), [row for row, _ in pairs]
+    own = [row["source"].startswith(OWN) for row, _ in pairs]
+    return Rows(items, [row[judge]["change"] for row, _ in pairs], own=own), [row for row, _ in pairs]
 
 
 def second_ear() -> dict:
@@ -178,25 +214,30 @@ def left_out(rows: Rows, models: np.ndarray, seen: np.ndarray) -> dict:
     return sage_figures(items, rows.y[logs], models[logs], predicted[logs])
 
 
-def trimmed(table: dict[str, dict], least: float) -> dict[str, dict]:
-    """Weights of at least this size, rounded; names with none left out."""
-    kept = {name: {key: round(float(w), 2) for key, w in row.items() if abs(w) >= least} for name, row in table.items()}
-    return {name: row for name, row in kept.items() if row}
+def trimmed(fitted: dict) -> dict:
+    """One set of coefficients, rounded, without what weighs next to nothing; its phrases by weight."""
+    words = {name: {key: round(float(w), 2) for key, w in row.items() if abs(w) >= 0.1}
+             for name, row in fitted["words"].items()}  # fmt: skip
+    order = sorted((name for name in words if words[name]), key=lambda name: -max(map(abs, words[name].values())))
+    limits = {"limits": [round(x, 3) for x in fitted["limits"]]} if "limits" in fitted else {}
+    features = {name: round(w, 2) for name, w in fitted["features"].items() if abs(w) > 0.005}
+    return {"intercept": round(float(fitted["intercept"]), 3), **limits, "features": features,
+            "words": {name: words[name] for name in order}}  # fmt: skip
+
+
+def pretty(value, depth: int) -> str:
+    """JSON with a line for each key of the outer `depth` levels."""
+    if not isinstance(value, dict) or depth == 0:
+        return json.dumps(value, ensure_ascii=False)
+    rows = (f"{json.dumps(key, ensure_ascii=False)}: {pretty(inner, depth - 1)}" for key, inner in value.items())
+    return "{\n" + ",\n".join(rows) + "\n}"
 
 
 def save(fitted: dict, figures: dict, language: str, command: str) -> Path:
-    """Write a language's fit into data/offline/, a line a feature and a phrase, by weight."""
-    features = {name: round(w, 2) for name, w in fitted["features"].items() if abs(w) > 0.005}
-    words = trimmed(fitted["words"], 0.1)
-    order = sorted(words, key=lambda name: -max(map(abs, words[name].values())))
-    head = {"made_by": command, "measured_on_unseen_people": figures, "intercept": round(fitted["intercept"], 3),
-            "limits": [round(x, 3) for x in fitted["limits"]]}  # fmt: skip
-    lines = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items()]
-    for name, table, names in (("features", features, features), ("words", words, order)):
-        rows = ",\n".join(f"  {json.dumps(key, ensure_ascii=False)}: {json.dumps(table[key])}" for key in names)
-        lines.append(f'"{name}": {{\n{rows}\n}}')
+    """Write a language's fit into data/offline/, a line a feature and a phrase."""
+    whole = {"made_by": command, "measured_on_unseen_people": figures}
     path = DATA / f"{language}_fit.json"
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    path.write_text(pretty(whole | {name: trimmed(one) for name, one in fitted.items()}, 3) + "\n", encoding="utf-8")
     return path
 
 

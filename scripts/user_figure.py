@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("language", choices=("en", "zh"))
     parser.add_argument("png", type=Path)
     args = parser.parse_args()
-    draw(lexicon(args.language).fit, args.png)
+    draw(lexicon(args.language).fit["able"], args.png)
 
 
 if __name__ == "__main__":

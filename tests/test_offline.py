@@ -14,7 +14,7 @@ from simulator import INTENTIONS, EmotionRules, Profile, load_profiles
 from users import offline
 
 from users.offline import (MODES, OfflineUser, appraise, facts, guards, lexicon, measure, phrases,  # isort: skip
-                           user_hash, wording)  # fmt: skip
+                           shares, user_hash, wording)  # fmt: skip
 
 RELEASED = Path(os.environ.get("RLVER_DATA", Path(__file__).parents[2] / "shared" / "data"))
 STORIES = {  # language: (scene, what the user has said)
@@ -286,34 +286,54 @@ def test_every_feature_has_such_an_example():
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_words_and_features_are_applied_as_they_were_fitted(language):
-    fit, mode = lexicon(language).fit, "vanilla"
+    whole, mode = lexicon(language).fit, "vanilla"
     for lang, story, intention, reply in GOOD:
         if lang != language:
             continue
         someone, said = person(lang, story, intention), STORIES[lang, story][1]
         found = phrases(reply, language)
-        known = [row for gram, row in fit["words"].items() if gram in found]
-        sums = {key: sum(row.get(key, 0) for row in known) for key in ("all", intention)}
-        tone, need = (max(-1, min(1, sums[key] / math.sqrt(max(9, len(found))) / limit))
-                      for key, limit in zip(("all", intention), fit["limits"]))
-        assert wording(reply, someone, fit) == pytest.approx((tone, need))
-        f = measure(someone, said, [], reply) | {"tone": tone, "need": need, "turn": 0, "negative": 0}
-        z, emotion = fit["intercept"], 70
-        f |= {"emotion": emotion / 50 - 1, "emotion2": (emotion / 50 - 1) ** 2}
-        for name, weight in fit["features"].items():
-            a, _, b = name.partition(" x ")
-            z += weight * f[a] * (f[b] if b else 1)
+        measured, scale, emotion = measure(someone, said, [], reply), math.sqrt(max(9, len(found))), 70
+        small = 0.0
+        if language == "en":
+            gate = whole["gate"]
+            odds = gate["intercept"] + sum(row["all"] for gram, row in gate["words"].items() if gram in found) / scale
+            odds += sum(weight * measured[name] for name, weight in gate["features"].items())
+            small = 1 / (1 + math.exp(-odds))
+        z = 0.0
+        for share, fit in ((1 - small, whole["able"]), *([(small, whole["small"])] if small else [])):
+            known = [row for gram, row in fit["words"].items() if gram in found]
+            sums = {key: sum(row.get(key, 0) for row in known) for key in ("all", intention)}
+            tone, need = (max(-1, min(1, sums[key] / scale / limit))
+                          for key, limit in zip(("all", intention), fit["limits"]))
+            assert wording(found, someone, fit) == pytest.approx((tone, need))
+            f = measured | {"tone": tone, "need": need, "turn": 0, "negative": 0, "agreement": intention == "agreement"}
+            f |= {"emotion": emotion / 50 - 1, "emotion2": (emotion / 50 - 1) ** 2}
+            z += share * fit["intercept"]
+            for name, weight in fit["features"].items():
+                a, _, b = name.partition(" x ")
+                z += share * weight * f[a] * (f[b] if b else 1)
         assert guards(f, someone, reply) == 0
         assert appraise(someone, mode, said, [], reply, emotion).change == round(20 / (1 + math.exp(-z)) - 10, 1)
 
 
+def test_a_small_models_stumbling_is_told_from_what_somebody_wrote():
+    someone, (_, said) = person("en", "bakery", "praise"), STORIES["en", "bakery"]
+    stumbling = "You kept it all safe in the work and you are so tired of the good one that you keep."
+    share = {text: shares(measure(someone, said, [], text), phrases(text, "en"), lexicon("en").fit)
+             for text in (PLAIN, stumbling)}  # fmt: skip
+    for parts in share.values():
+        assert sum(amount for amount, _ in parts) == pytest.approx(1)
+    assert share[PLAIN][1][0] < share[stumbling][1][0] > 0.9
+
+
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_signs_that_nobody_doubts(language):
-    weights = lexicon(language).fit["features"]
-    assert all(weights.get(name, 0) >= 0 for name in ("heard", "story", "talk", "joined", "tone", "need"))
     costs = """blames self misheard same doubled wrong_number foreign wrong_kin wrong_owner cheer marks loops again
     copied cut run_on long garbled worst""".split()
-    assert all(weights.get(name, 0) <= 0 for name in costs)
+    for name in ("able", "small"):
+        weights = lexicon(language).fit.get(name, {"features": {}})["features"]
+        assert all(weights.get(name, 0) >= 0 for name in ("heard", "story", "talk", "joined", "tone", "need"))
+        assert all(weights.get(name, 0) <= 0 for name in costs)
 
 
 GUARDED = {
@@ -324,16 +344,21 @@ GUARDED = {
 }  # fmt: skip
 
 
+def likes_everything(monkeypatch):
+    for name in ("able", "small"):
+        monkeypatch.setitem(lexicon("en").fit[name], "intercept", 99.0)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", GUARDED)
 def test_guards_hold_whatever_the_words(name, mode, monkeypatch):
-    monkeypatch.setitem(lexicon("en").fit, "intercept", 9.0)  # a user that likes everything
+    likes_everything(monkeypatch)
     assert change("en", "bakery", "praise", GUARDED[name], mode=mode) <= -5
     assert change("en", "bakery", "praise", PLAIN) > 9
 
 
 def test_a_reply_said_again_brings_nothing(monkeypatch):
-    monkeypatch.setitem(lexicon("en").fit, "intercept", 9.0)
+    likes_everything(monkeypatch)
     assert change("en", "bakery", "praise", PLAIN, earlier=[PLAIN]) <= -5
 
 
@@ -435,7 +460,7 @@ ENDINGS = [(95.0, PLAIN, "content"), (11.0, "...", "left"), (50.0, "...", None)]
 
 @pytest.mark.parametrize("start, reply, ended", ENDINGS)
 def test_emotion_moves_by_the_rules_and_ends(start, reply, ended, monkeypatch):
-    monkeypatch.setitem(lexicon("en").fit, "intercept", 9.0)
+    likes_everything(monkeypatch)
     rules = EmotionRules(start=start)
     user = OfflineUser(rules)
     user.start((0, 0), person("en", "bakery", "praise"), 0)

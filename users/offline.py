@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from simulator import Appraisal, EmotionRules, Failed, Key, Profile, UserTurn, band, cjk_share
 from users.fluency import DATA, clip, naturalness, salad, sentences, stem, tokens
 
-VERSION = "3"  # raise it with every change here or in fluency.py that moves a golden appraisal (tests/test_golden.py)
+VERSION = "4"  # raise it with every change here or in fluency.py that moves a golden appraisal (tests/test_golden.py)
 MODES = ("vanilla", "challenging")
 LONG = {"en": (45, 400), "zh": (300, 1100)}  # tokens from which a reply is long; the length nobody reads
 NEAR = 12  # content units of one sentence of the story that belong together
@@ -186,13 +186,24 @@ def phrases(reply: str, language: str) -> set[str]:
     return {part[i : i + n] for part in items for n in (1, 2, 3) for i in range(len(part) - n + 1)}
 
 
-def wording(reply: str, profile: Profile, fit: dict) -> tuple[float, float]:
-    """(tone, need), each -1..1: how far words please anybody, and how far they serve this intention."""
-    found = phrases(reply, profile.language)
-    known = [fit["words"][gram] for gram in found if gram in fit["words"]]
-    sums = [math.fsum(row.get(key, 0.0) for row in known) for key in ("all", profile.intention)]
-    tone, need = (x / math.sqrt(max(9, len(found))) / limit for x, limit in zip(sums, fit["limits"]))
-    return max(-1.0, min(1.0, tone)), max(-1.0, min(1.0, need))
+def summed(found: set[str], words: dict[str, dict], key: str) -> float:
+    """What the phrases of a reply weigh together, for everybody ("all") or for one intention."""
+    return math.fsum(words[gram].get(key, 0.0) for gram in found if gram in words) / math.sqrt(max(9, len(found)))
+
+
+def shares(f: dict[str, float], found: set[str], fit: dict) -> list[tuple[float, dict]]:
+    """Sets of coefficients and how much each counts: what reads as if a small model had said it is judged as such."""
+    if "gate" not in fit:
+        return [(1.0, fit["able"])]
+    z = fit["gate"]["intercept"] + summed(found, fit["gate"]["words"], "all")
+    small = 1 / (1 + math.exp(-z - math.fsum(weight * f[name] for name, weight in fit["gate"]["features"].items())))
+    return [(1 - small, fit["able"]), (small, fit["small"])]
+
+
+def wording(found: set[str], profile: Profile, fit: dict) -> list[float]:
+    """[tone, need] of phrases, each -1..1: how far they please anybody, and how far they serve this intention."""
+    sums = (summed(found, fit["words"], key) / limit for key, limit in zip(("all", profile.intention), fit["limits"]))
+    return [max(-1.0, min(1.0, x)) for x in sums]
 
 
 def with_context(f: dict[str, float], profile: Profile, turn: int, emotion: float) -> dict[str, float]:
@@ -215,12 +226,16 @@ def guards(f: dict[str, float], profile: Profile, reply: str) -> float:
 def appraise(profile: Profile, mode: str, said: list[str], heard: list[str], reply: str, emotion: float = 50.0) -> Appraisal:
     """Hop one: what a reply said, whether it served the hidden intention, and by how much emotion moves (-10..10)."""
     lex = lexicon(profile.language)
-    f = measure(profile, said, heard, reply)
-    f["tone"], f["need"] = wording(reply, profile, lex.fit)
+    f = measure(profile, said, heard, reply) | {"tone": 0.0, "need": 0.0}
+    found, intercept, added = phrases(reply, profile.language), 0.0, Counter()  # to the log-odds of a good reply
+    for share, fit in shares(f, found, lex.fit):
+        tone, need = wording(found, profile, fit)
+        own = with_context(f | {"tone": tone, "need": need}, profile, len(heard), emotion)
+        added.update({name: share * weight * own[name] for name, weight in fit["features"].items()})
+        intercept, f["tone"], f["need"] = intercept + share * fit["intercept"], f["tone"] + share * tone, f["need"] + share * need
     f = with_context(f, profile, len(heard), emotion)
-    added = {name: weight * f[name] for name, weight in lex.fit["features"].items()}  # to the log-odds of a good reply
     served = clip(0.5 + f["need"])
-    change = 20 / (1 + math.exp(-lex.fit["intercept"] - sum(added.values()))) - 10
+    change = 20 / (1 + math.exp(-intercept - sum(added.values()))) - 10
     if mode == "challenging" and change > 0:
         change *= served  # moved by what the intention wants alone
     guard = guards(f, profile, reply)
