@@ -22,11 +22,16 @@ from users.offline import lexicon  # noqa: E402
 EACH = 4  # words shown for an intention
 
 
-def draw(fit: dict, png: Path) -> None:
-    """Bars of the features, and a table in colours: the words that one intention weighs unlike the others."""
+def draw(sets: dict[str, dict], png: Path) -> None:
+    """Bars of the features in each set, and in colours the words that one intention weighs unlike the others."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 6.4), layout="constrained", width_ratios=(1, 1.2))
-    weights = dict(sorted(fit["features"].items(), key=lambda pair: pair[1]))
-    left.barh([*weights], [*weights.values()], color=["tab:green" if w > 0 else "tab:red" for w in weights.values()])
+    fit = sets["able"]
+    order = sorted(fit["features"], key=fit["features"].get)
+    for n, (name, one) in enumerate(sets.items()):
+        places = np.arange(len(order)) + (0.4 * n - 0.2) * (len(sets) > 1)
+        left.barh(places, [one["features"].get(key, 0.0) for key in order], 0.8 / len(sets), label=name)
+    left.set_yticks(range(len(order)), order)
+    left.legend(title="set of coefficients", fontsize=8)
     left.tick_params(labelsize=8)
     left.set_title("weight of a feature (0..1) for everybody", fontsize=10)
     words = []
@@ -38,7 +43,7 @@ def draw(fit: dict, png: Path) -> None:
     image = right.imshow(table, cmap="RdYlGn", vmin=-limit, vmax=limit, aspect="auto")
     right.set_xticks(range(len(INTENTIONS)), [*INTENTIONS], rotation=40, ha="right", fontsize=8)
     right.set_yticks(range(len(words)), words, fontsize=8)
-    right.set_title("weight of a word by hidden intention, beside that for everybody", fontsize=10)
+    right.set_title("weight of a word by hidden intention, beside that for everybody (able)", fontsize=10)
     figure.colorbar(image, ax=right, shrink=0.6)
     figure.savefig(png, dpi=100)
 
@@ -48,7 +53,8 @@ def main() -> None:
     parser.add_argument("language", choices=("en", "zh"))
     parser.add_argument("png", type=Path)
     args = parser.parse_args()
-    draw(lexicon(args.language).fit["able"], args.png)
+    fit = lexicon(args.language).fit
+    draw({name: fit[name] for name in ("able", "small") if name in fit}, args.png)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from simulator import EmotionRules
 from users.offline import MODES, OfflineUser
 
 FLOORS = {  # table: right side of 0 in vanilla mode of English attacks, good replies, Chinese attacks, good replies
-    "attacks": (13, 11, 15, 12),  # of 20 each
-    "attacks2": (17, 9, 14, 5),  # of 24, 16, 16, 8
-    "attacks3": (33, 6, 17, 3),  # of 44, 12, 20, 4
+    "attacks": (16, 16, 15, 12),  # of 20 each
+    "attacks2": (18, 14, 14, 5),  # of 24, 16, 16, 8
+    "attacks3": (34, 11, 17, 3),  # of 44, 12, 20, 4
 }
 
 

@@ -302,6 +302,14 @@ def test_gae_runs_over_the_turns_of_a_dialogue_and_comes_back_to_the_right_token
         torch.testing.assert_close([getattr(piece, name) for piece in pieces], expected)
 
 
+@pytest.mark.parametrize("credit, expected", [("final", 0.5), ("turn", 0.0)])
+def test_the_value_head_begins_with_what_is_still_to_be_paid(shape, credit, expected):
+    options = {**STILL, **KINDS["ppo head"], "credit": credit, "start_emotion": 50.0}
+    state = build(Config(model=shape, tokenizer="bytes", **options), World())
+    value = state.value_head(torch.randn(1, state.policy.config.hidden_size))
+    torch.testing.assert_close(value, torch.tensor([expected]))
+
+
 @pytest.mark.parametrize("credit", ["final", "turn"])
 def test_ppo_learns_from_the_rewards_that_credit_says(make, steps, credit):
     config, state = make("ppo head", credit=credit, scale_advantage=False)
