@@ -12,7 +12,7 @@ from simulator import Key
 def group_advantages(
     to_go: dict[Key, list[float]], scale: bool
 ) -> tuple[dict[Key, list[float]], float]:
-    """Advantage per action: the reward still to come, minus the mean of its group's same action.
+    """Advantage per action: its reward and those to come, discounted, minus its group's mean there.
 
     `to_go` has completed dialogues only: one number where a dialogue is one action, or one a turn.
     `scale` divides by the group's spread. Dialogues alone in their group have no baseline and are

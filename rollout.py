@@ -70,7 +70,7 @@ class Dialogue:
 
 
 def token_rewards(dialogue: Dialogue, credit: str) -> list[float]:
-    """The reward as a vector over the dialogue's sampled tokens.
+    """What each of the dialogue's sampled tokens is paid.
 
     "final" puts all of it on the last token (RLVER). "turn" puts each turn's change of emotion on
     its last token: the sum lacks what the dialogue began with, which no reply has earned. At gamma

@@ -15,7 +15,6 @@ config = Config(
     critic="head",
     credit="turn",  # each reply answers for the change of emotion it brought: half the noise of the final emotion
     gamma=0.0,  # and for that alone
-    lam=0.0,
     groups=2,
     group_size=16,
     learn_from=4,  # rolling out costs less than learning, and the middle teaches little

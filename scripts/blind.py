@@ -16,6 +16,7 @@ each file's runs against its own "before", and pools runs whose names differ in 
 """
 
 import argparse
+import itertools
 import json
 import random
 import re
@@ -37,13 +38,17 @@ DIALOGUES = 3  # held with each
 
 def pick(logs: dict[str, list[dict]]) -> list[dict]:
     """Rows to be judged, of every log the same: four replies to each person, and first replies against "before"."""
-    held = {}  # name, person, dialogue: what was said, what was heard, and how many replies were appraised
+    held = {}  # log, person, dialogue: what was said, what was heard, and how many replies were appraised
     for name, dialogues in logs.items():
         for row in dialogues:
             said = [m["content"] for m in row["history"] if m["role"] == "user"]
             heard = [m["content"] for m in row["history"] if m["role"] != "user"]
             held[name, row["id"], row["key"][1]] = said, heard, sum("planning" in m for m in row["history"])
     runs, rows = [name for name in logs if name != "before"], []
+    people = sorted({who for _, who, _ in held})
+    for name, who, dialogue in itertools.product(logs, people, range(DIALOGUES)):
+        found = held.get((name, who, dialogue), ((), (), 0))
+        require(found[2] > 0, f"{name}: dialogue {dialogue} with {who} is missing or holds no appraised reply")
 
     def add(name: str, who: str, dialogue: int, turn: int, **reply: str) -> None:
         said, heard, _ = held[name, who, dialogue]
@@ -51,11 +56,11 @@ def pick(logs: dict[str, list[dict]]) -> list[dict]:
         head = {"id": "", "split": "test", "profile": who, "source": name, "how": f"{dialogue}.{turn}"}
         rows.append(head | talk | (reply or {"reply": heard[turn]}))
 
-    for n, who in enumerate(sorted({who for _, who, _ in held})):
-        for dialogue, turn in PLACES:
-            last = min(held[name, who, dialogue][2] for name in logs) - 1  # a talk that ended early, and so in all
+    for n, who in enumerate(people):
+        last = [min(held[name, who, d][2] for name in logs) - 1 for d in range(DIALOGUES)]  # ended early: so in all
+        for dialogue, turn in sorted({(dialogue, min(turn, last[dialogue])) for dialogue, turn in PLACES}):
             for name in logs:
-                add(name, who, dialogue, min(turn, last))
+                add(name, who, dialogue, turn)
         for k, name in enumerate(runs):
             dialogue = (n + k) % DIALOGUES
             before, after = (held[which, who, dialogue][1][0] for which in ("before", name))
@@ -122,15 +127,16 @@ def join(rows: list[dict], out: Path) -> list[dict]:
     for judge in "ab":
         for path in sorted(out.glob(f"{judge}*.jsonl")):
             for where, found in read_rows(path):
-                row = kept.get(found["id"])
-                require(row is not None and judge not in row, f"{where}: {found['id']} is unknown or judged twice")
+                row = kept.get(str(found.get("id")))
+                require(row is not None and judge not in row, f"{where}: {found.get('id')} is unknown or judged twice")
                 if "after" in row:
                     require(found.get("better") in ("A", "B"), f"{where}: better must be A or B")
                     row[judge] = found["better"] == after_is(row, judge)
                     continue
-                fine = -10 <= found["change"] <= 10 and 0 <= found["soundness"] <= 10
+                given = [found.get(key) for key in ("change", "soundness")]
+                fine = all(isinstance(x, int | float) and low <= x <= 10 for x, low in zip(given, (-10, 0)))
                 require(fine, f"{where}: change must be -10..10, soundness 0..10")
-                row[judge] = {key: found[key] for key in ("change", "soundness", "why")}
+                row[judge] = {"change": given[0], "soundness": given[1], "why": str(found.get("why", ""))}
     for row in rows:
         require("a" in row and "b" in row, f"{out}: {row['id']} lacks a judgement")
     return rows
@@ -154,7 +160,7 @@ def pooled(runs: dict[str, People]) -> dict[str, People]:
     if len(kinds) > 1:
         kinds["all"] = list(runs.values())
     return {f"{name}, {len(some)} runs": {who: [fmean(people[who]) for people in some if who in people]
-                                         for who in {who for people in some for who in people}}
+                                         for who in sorted({who for people in some for who in people})}
             for name, some in kinds.items() if len(some) > 1}  # fmt: skip
 
 
@@ -167,12 +173,13 @@ def report(files: list[list[dict]]) -> list[str]:
     liked: dict[str, People] = {}
     for rows in files:
         sources: dict[str, list[dict]] = {}
+        pairs: dict[str, list[dict]] = {}
         for row in rows:
-            if isinstance(row["a"], bool):
-                mine = liked.setdefault(row["source"], {})
-                mine.setdefault(row["profile"], []).append((row["a"] + row["b"]) / 2)
-            else:
-                sources.setdefault(row["source"], []).append(row)
+            require("a" in row and "b" in row, f"{row.get('id')} is not judged")
+            (pairs if isinstance(row["a"], bool) else sources).setdefault(row["source"], []).append(row)
+        twice = (gains.keys() & sources.keys()) | (liked.keys() & pairs.keys())
+        require(not twice, f"{', '.join(sorted(twice))}: in two files; runs of one name would be mixed")
+        liked |= {name: by_person(some, lambda row: (row["a"] + row["b"]) / 2) for name, some in pairs.items()}
         before = by_person(sources.get("before", []), judged)
         for source, every in sorted(sources.items()):
             sound = fmean((row["a"]["soundness"] + row["b"]["soundness"]) / 2 for row in every)
@@ -190,6 +197,13 @@ def report(files: list[list[dict]]) -> list[str]:
     return lines
 
 
+def rows_of(path: str) -> list[dict]:
+    require(Path(path).is_file(), f"{path}: no such file")
+    rows = [row for _, row in read_rows(Path(path))]
+    require(bool(rows), f"{path} holds no line")
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("pick", "write", "join", "report"))
@@ -197,14 +211,14 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=8)
     args = parser.parse_args()
     if args.command == "report":
-        return print("\n".join(report([[row for _, row in read_rows(Path(path))] for path in args.paths])))
+        return print("\n".join(report([rows_of(path) for path in args.paths])))
     if args.command == "pick":
         named = dict(path.partition("=")[::2] for path in args.paths)
         require("before" in named and all(named.values()), "scripts/blind.py pick wants before=LOG and name=LOG ...")
-        rows = pick({name: [row for _, row in read_rows(Path(path))] for name, path in named.items()})
+        rows = pick({name: rows_of(path) for name, path in named.items()})
     else:
         require(len(args.paths) == 2, f"scripts/blind.py {args.command} wants the replies, then one folder")
-        (_, rows), out = zip(*read_rows(Path(args.paths[0]))), Path(args.paths[1])
+        rows, out = rows_of(args.paths[0]), Path(args.paths[1])
         if args.command == "write":
             return write(rows, out, args.batches)
         rows = join(rows, out)

@@ -24,27 +24,27 @@ EACH = 4  # words shown for an intention
 
 def draw(sets: dict[str, dict], png: Path) -> None:
     """Bars of the features in each set, and in colours the words that one intention weighs unlike the others."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 6.4), layout="constrained", width_ratios=(1, 1.2))
-    fit = sets["able"]
-    order = sorted(fit["features"], key=fit["features"].get)
-    for n, (name, one) in enumerate(sets.items()):
+    shape = {"figsize": (5.5 + 4.5 * len(sets), 6.8), "width_ratios": [1] * (1 + len(sets))}
+    figure, (left, *panels) = plt.subplots(1, 1 + len(sets), layout="constrained", **shape)
+    fits = list(sets.values())
+    order = sorted({key for fit in fits for key in fit["features"]}, key=lambda key: fits[0]["features"].get(key, 0.0))
+    for n, (name, fit) in enumerate(sets.items()):
         places = np.arange(len(order)) + (0.4 * n - 0.2) * (len(sets) > 1)
-        left.barh(places, [one["features"].get(key, 0.0) for key in order], 0.8 / len(sets), label=name)
-    left.set_yticks(range(len(order)), order)
+        left.barh(places, [fit["features"].get(key, 0.0) for key in order], 0.8 / len(sets), label=name)
+    left.set_yticks(range(len(order)), order, fontsize=8)
     left.legend(title="set of coefficients", fontsize=8)
-    left.tick_params(labelsize=8)
     left.set_title("weight of a feature (0..1) for everybody", fontsize=10)
-    words = []
-    for key in INTENTIONS:
-        own = sorted(fit["words"], key=lambda word: -fit["words"][word].get(key, 0.0))
-        words += [word for word in own if word not in words][:EACH]
-    table = np.array([[fit["words"][word].get(key, 0.0) for key in INTENTIONS] for word in words])
-    limit = abs(table).max()
-    image = right.imshow(table, cmap="RdYlGn", vmin=-limit, vmax=limit, aspect="auto")
-    right.set_xticks(range(len(INTENTIONS)), [*INTENTIONS], rotation=40, ha="right", fontsize=8)
-    right.set_yticks(range(len(words)), words, fontsize=8)
-    right.set_title("weight of a word by hidden intention, beside that for everybody (able)", fontsize=10)
-    figure.colorbar(image, ax=right, shrink=0.6)
+    for panel, (name, fit) in zip(panels, sets.items()):
+        words: list[str] = []
+        for key in INTENTIONS:
+            own = sorted(fit["words"], key=lambda word: -fit["words"][word].get(key, 0.0))
+            words += [word for word in own if word not in words][:EACH]
+        table = np.array([[fit["words"][word].get(key, 0.0) for key in INTENTIONS] for word in words])
+        image = panel.imshow(table, cmap="RdYlGn", vmin=-1, vmax=1, aspect="auto")
+        panel.set_xticks(range(len(INTENTIONS)), [*INTENTIONS], rotation=40, ha="right", fontsize=8)
+        panel.set_yticks(range(len(words)), words, fontsize=8)
+        panel.set_title(f"words by hidden intention, set {name}", fontsize=10)
+    figure.colorbar(image, ax=panels, shrink=0.6)
     figure.savefig(png, dpi=100)
 
 

@@ -326,6 +326,15 @@ def test_a_small_models_stumbling_is_told_from_what_somebody_wrote():
     assert share[PLAIN][1][0] < share[stumbling][1][0] > 0.9
 
 
+def test_an_appraisal_names_what_was_liked_and_not_as_a_fault():
+    absolving = "It was not your fault. You did nothing wrong."
+    said = STORIES["en", "bakery"][1]
+    heard = {key: appraise(person("en", "bakery", key), "vanilla", said, [], absolving) for key in ("agreement", "advice")}
+    assert "that I am not to blame" in heard["agreement"].content and heard["agreement"].change > heard["advice"].change
+    assert "nothing in particular" in heard["agreement"].analyse
+    assert 0.9 < heard["agreement"].features["small"] < 1
+
+
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_signs_that_nobody_doubts(language):
     costs = """blames self misheard same doubled wrong_number foreign wrong_kin wrong_owner cheer marks loops again

@@ -55,6 +55,9 @@ def test_judgements_join_their_replies(tmp_path):
     ([judgement("t00"), judgement("t00"), judgement("t01")], "judged twice"),
     ([judgement("t00"), judgement("t99")], "unknown"),
     ([judgement("t00", change=11), judgement("t01")], "-10..10"),
+    ([judgement("t00", change="3"), judgement("t01")], "-10..10"),
+    ([{"id": "t00", "better": "A"}, judgement("t01")], "-10..10"),
+    ([{"change": 3}, judgement("t01")], "None is unknown"),
 ])  # fmt: skip
 def test_judgements_that_do_not_fit_are_refused(tmp_path, b, said):
     judge(tmp_path, {"a": [judgement("t00"), judgement("t01")], "b": b})
@@ -89,15 +92,19 @@ def test_a_report_pairs_people_and_counts_preferences():
 
 def test_runs_that_differ_in_their_number_alone_are_pooled_each_against_its_own_before():
     def rows(name, before, after):
-        changes = (("before", before), (name, after))
-        return [{"source": source, "profile": "p", "a": judgement("", change=x), "b": judgement("", change=x)}
-                for source, x in changes]  # fmt: skip
+        """Person p changes so much, q gains nothing."""
+        changes = (("before", "p", before), (name, "p", after), ("before", "q", -5), (name, "q", -5))
+        return [{"source": source, "profile": who, "a": judgement("", change=x), "b": judgement("", change=x)}
+                for source, who, x in changes]  # fmt: skip
 
-    lines = blind.report([rows("ppo_0", -4, -1), rows("ppo_1", -6, -5), rows("grpo_0", -5, -5)])
-    assert [line.split(" (")[0] for line in lines if "gain" in line] == [
-        "ppo_0: gain +3.00", "ppo_1: gain +1.00", "grpo_0: gain +0.00",
-        "ppo, 2 runs: gain +2.00", "all, 3 runs: gain +1.33",
+    files = [rows("ppo_0", -4, 2), rows("ppo_1", -6, -4), rows("grpo_0", -5, -5)]
+    assert [line for line in blind.report(files) if "gain" in line] == [
+        "ppo_0: gain +3.00 (+0.00 to +6.00)", "ppo_1: gain +1.00 (+0.00 to +2.00)",
+        "grpo_0: gain +0.00 (+0.00 to +0.00)", "ppo, 2 runs: gain +2.00 (+0.00 to +4.00)",
+        "all, 3 runs: gain +1.33 (+0.00 to +2.67)",
     ]  # fmt: skip
+    with pytest.raises(InputError, match="ppo_0: in two files"):
+        blind.report([*files, files[0]])
 
 
 def benchmark_log(people, words, turns):
@@ -117,6 +124,7 @@ def test_the_same_dialogues_and_turns_are_picked_of_every_log_and_pairs_beside_t
     spoken = {"before": ("old", (7, 7, 7)), "ppo_0": ("new", (7, 2, 7))}
     logs = {name: benchmark_log(test_people, *how) for name, how in spoken.items()}
     rows = blind.pick(logs)
+    assert rows == blind.pick(logs)
     assert len({row["id"] for row in rows}) == len(rows) == 2 * (2 * 4 + 1)
     for who in test_people:
         mine = [row for row in rows if row["profile"] == who and "reply" in row]

@@ -228,7 +228,9 @@ def appraise(profile: Profile, mode: str, said: list[str], heard: list[str], rep
     lex = lexicon(profile.language)
     f = measure(profile, said, heard, reply) | {"tone": 0.0, "need": 0.0}
     found, intercept, added = phrases(reply, profile.language), 0.0, Counter()  # to the log-odds of a good reply
-    for share, fit in shares(f, found, lex.fit):
+    parts = shares(f, found, lex.fit)
+    f["small"] = sum(share for share, _ in parts[1:])
+    for share, fit in parts:
         tone, need = wording(found, profile, fit)
         own = with_context(f | {"tone": tone, "need": need}, profile, len(heard), emotion)
         added.update({name: share * weight * own[name] for name, weight in fit["features"].items()})
@@ -241,9 +243,12 @@ def appraise(profile: Profile, mode: str, said: list[str], heard: list[str], rep
     guard = guards(f, profile, reply)
     change = round(min(change, change * (1 - guard) - 9 * guard), 1)
     words, comma = lex.raw["words"], ", " if profile.language == "en" else "、"
-    order = sorted((name for name in added if name in lex.raw["features"]), key=added.get)
-    good, bad = ([lex.raw["features"][name] for name in names if abs(added[name]) > 0.3][:3] or [words["nothing"]]
-                 for names in (order[::-1] if added else [], order))
+    told = Counter()  # by what there are words for; of a product, its last factor that has some
+    for name, amount in added.items():
+        told.update({part: amount for part in [part for part in name.split(" x ") if part in lex.raw["features"]][-1:]})
+    order = sorted(told, key=told.get)
+    good, bad = ([lex.raw["features"][name] for name in names if sign * told[name] > 0.3][:3] or [words["nothing"]]
+                 for names, sign in ((order[::-1], 1), (order, -1)))
     mood = words["good" if change > 1 else "bad" if change < -1 else "flat"]
     activity = words["activity"].format(mood=mood, why=words["about_me" if f["story"] > 0.5 else "about_any"])
     shown = {name: round(float(value), 3) for name, value in f.items() if " x " not in name}
