@@ -72,20 +72,15 @@ class Dialogue:
 def token_rewards(dialogue: Dialogue, credit: str) -> list[float]:
     """What each of the dialogue's sampled tokens is paid.
 
-    "final" puts all of it on the last token (RLVER). "turn" puts each turn's change of emotion on
-    its last token: the sum lacks what the dialogue began with, which no reply has earned. At gamma
-    = 1 both have one objective; "turn" does not blame a reply for what happened before it.
+    "final" puts the reward on the last token (RLVER). "turn" puts each turn's change of emotion on
+    its last, and pays nobody for what the dialogue began with: the same objective at gamma = 1, but
+    no reply is blamed for what happened before it.
     """
-    if credit == "final":
-        return [0.0] * (sum(len(turn.sampled_ids) for turn in dialogue.turns) - 1) + [dialogue.reward]
-    rewards: list[float] = []
-    last = dialogue.opening.emotion / 100
-    for turn in dialogue.turns:
-        now = turn.user.emotion / 100 if turn.user else last
+    known = [u.emotion / 100 for u in (dialogue.opening, *(t.user for t in dialogue.turns[:-1]))]
+    rewards = []
+    for turn, last, now in zip(dialogue.turns, known, [*known[1:], dialogue.reward]):
         rewards += [0.0] * (len(turn.sampled_ids) - 1) + [now - last]
-        last = now
-    rewards[-1] += dialogue.reward - last  # a broken format loses all there is
-    return rewards
+    return rewards if credit == "turn" else [0.0] * (len(rewards) - 1) + [dialogue.reward]
 
 
 @dataclass(frozen=True)

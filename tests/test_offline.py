@@ -329,7 +329,8 @@ def test_a_small_models_stumbling_is_told_from_what_somebody_wrote():
 def test_an_appraisal_names_what_was_liked_and_not_as_a_fault():
     absolving = "It was not your fault. You did nothing wrong."
     said = STORIES["en", "bakery"][1]
-    heard = {key: appraise(person("en", "bakery", key), "vanilla", said, [], absolving) for key in ("agreement", "advice")}
+    heard = {key: appraise(person("en", "bakery", key), "vanilla", said, [], absolving)
+             for key in ("agreement", "advice")}  # fmt: skip
     assert "that I am not to blame" in heard["agreement"].content and heard["agreement"].change > heard["advice"].change
     assert "nothing in particular" in heard["agreement"].analyse
     assert 0.9 < heard["agreement"].features["small"] < 1
