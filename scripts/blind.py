@@ -28,7 +28,7 @@ from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from config import InputError, read_rows, require  # noqa: E402
-from judges.gauge import bootstrap, everybody, judged  # noqa: E402
+from judges.gauge import JUDGED, bootstrap, everybody, judged  # noqa: E402
 from simulator import load_profiles  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +44,7 @@ def pick(logs: dict[str, list[dict]]) -> list[dict]:
             said = [m["content"] for m in row["history"] if m["role"] == "user"]
             heard = [m["content"] for m in row["history"] if m["role"] != "user"]
             held[name, row["id"], row["key"][1]] = said, heard, sum("planning" in m for m in row["history"])
+    splits = {row["profile"]: row["split"] for _, row in read_rows(JUDGED / "en.jsonl")}
     runs, rows = [name for name in logs if name != "before"], []
     people = sorted({who for _, who, _ in held})
     for name, who, dialogue in itertools.product(logs, people, range(DIALOGUES)):
@@ -53,7 +54,7 @@ def pick(logs: dict[str, list[dict]]) -> list[dict]:
     def add(name: str, who: str, dialogue: int, turn: int, **reply: str) -> None:
         said, heard, _ = held[name, who, dialogue]
         talk = {"said": said[: turn + 1], "earlier": heard[:turn]}
-        head = {"id": "", "split": "test", "profile": who, "source": name, "how": f"{dialogue}.{turn}"}
+        head = {"id": "", "split": splits.get(who, "test"), "profile": who, "source": name, "how": f"{dialogue}.{turn}"}
         rows.append(head | talk | (reply or {"reply": heard[turn]}))
 
     for n, who in enumerate(people):
