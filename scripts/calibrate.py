@@ -123,7 +123,7 @@ def bound(name: str) -> tuple:
 def fit_gate(rows: Rows, mine: np.ndarray) -> tuple[dict, np.ndarray]:
     """(the gate's coefficients, [N] its log-odds): does a reply read as if a model of ours had said it?"""
     W, known = bag(rows, mine)
-    names = [name for name in rows.features[0] if name not in ("same", "again")]  # of the reply alone
+    names = [name for name in rows.features[0] if name not in ("same", "again")]  # not by what it said before
     X = sp.hstack([sp.csr_matrix([[f[name] for name in names] for f in rows.features]), W]).tocsr()
     ridge = np.repeat([RIDGE, WORDS], [len(names), len(known)])
     even = np.where(rows.own, 1.0, rows.own[mine].sum() / (~rows.own[mine]).sum())

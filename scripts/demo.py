@@ -84,7 +84,7 @@ benchmark  {people[1]} people never trained on x {config.eval_dialogues} dialogu
 ({config.eval_max_turns - 1} scored), emotion starts at {config.eval_start_emotion:g}
 sampling   temperature {config.temperature:g} in both; seed {config.seed}, benchmark seed {config.eval_seed}
 warm-up    a few minutes of supervised learning first: what reinforcement adds is measured from there
-expect     about a quarter of an hour on two CPU cores""")
+expect     about twenty minutes on two CPU cores""")
     out = Path(config.run) / "eval"
     start, before, after = (str(out / when) for when in ("start", "before", "after"))
     warm = f"{config.run}-warm-up"  # beside the run: train.py wants its folder for itself
