@@ -9,8 +9,9 @@ them, `tone` and `need`, are sums over a list of words, `need` with weights of i
 intention; these are fitted first, on other people than those they are then used on. All weights are
 shrunk towards 0 (ridge); where nobody doubts a sign it is bound. English has two such sets, `small` for
 what reads as if a small model had said it and `able` for the rest, and a `gate` that says which: what
-parts a good reply from a bad one is another thing among the stumbling and among the fluent. Whatever is
-printed is measured on people that the fit has not seen.
+parts a good reply from a bad one is another thing among the stumbling and among the fluent. Chinese has
+`first` for first replies, which the real user judged by other things than the tenth. Whatever is printed
+is measured on people that the fit has not seen.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import json
 import sys
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +41,7 @@ KEPT = {"en": set("""talk joined foreign wrong_kin wrong_owner wrong_number you 
 same doubled copied cut run_on length worst tone need""".split())
         | {"story x tone", "story x need", "story x foreign", "story x cheer", "joined x wrong_owner",
            "length x joined", "absolves x agreement"}}
-LEAST = {"en": 4, "zh": 100}  # replies that hold a phrase of the list
+LEAST = {"en": 4, "zh": 100, "first": 10}  # replies that hold a phrase of the list
 RIDGE, WORDS, NEEDS = 0.02, 0.01, 0.02  # of features, of words, of words by intention
 FOLDS = 4
 OTHERS = 0.02  # weight of a reply of the other kind, in `able` and `small`
@@ -66,10 +68,10 @@ def fit_glm(X, y: np.ndarray, ridge: np.ndarray, bounds: list | None = None, wei
 
 class Rows:
     """Replies with what was measured of them: features, phrases, intention, person; y [N] is what they brought,
-    weight [N] how much each counts, own [N] whether a model of ours said it."""
+    weight [N] how much each counts, own [N] whether a model of ours said it, judged [N] whether by our judges."""
 
-    def __init__(self, items: list[Item], y, weight=1.0, own=False):
-        self.items, self.y = items, np.array(y)
+    def __init__(self, items: list[Item], y, weight=1.0, own=False, judged=True):
+        self.items, self.y, self.judged = items, np.array(y), np.broadcast_to(judged, len(items))
         self.weight, self.own = np.broadcast_to(weight, len(items)), np.broadcast_to(own, len(items))
         self.features = [measure(i.profile, list(i.said), list(i.heard), i.reply) for i in items]
         self.phrases = [phrases(i.reply, i.profile.language) for i in items]
@@ -91,10 +93,10 @@ class Rows:
         return np.array([[row[name] for name in names] for row in rows]), names
 
 
-def bag(rows: Rows, mine: np.ndarray) -> tuple[sp.csr_matrix, list[str]]:
+def bag(rows: Rows, mine: np.ndarray, least: int) -> tuple[sp.csr_matrix, list[str]]:
     """[N, P] of the P phrases that are frequent enough, scaled by the length of a reply, and the phrases."""
     count = Counter(phrase for i in np.flatnonzero(mine) for phrase in rows.phrases[i])
-    known = {phrase: j for j, phrase in enumerate(sorted(p for p, n in count.items() if n >= LEAST[rows.language]))}
+    known = {phrase: j for j, phrase in enumerate(sorted(p for p, n in count.items() if n >= least))}
     i, j, x = [], [], []
     for n, found in enumerate(rows.phrases):
         for phrase in found & known.keys():
@@ -102,16 +104,19 @@ def bag(rows: Rows, mine: np.ndarray) -> tuple[sp.csr_matrix, list[str]]:
     return sp.csr_matrix((x, (i, j)), (len(rows.phrases), len(known))), list(known)
 
 
-def fit_words(rows: Rows, mine: np.ndarray, weight: np.ndarray) -> tuple[dict, np.ndarray]:
-    """({phrase: {"all" or intention: weight}}, [N, 2] raw tone and need of every row by those weights)."""
-    W, known = bag(rows, mine)
+def fit_words(rows: Rows, mine: np.ndarray, weight: np.ndarray, least: int, needs: float) -> tuple[dict, np.ndarray]:
+    """({phrase: {"all" or intention: weight}}, [N, 2] raw tone and need of every row by those weights).
+
+    `needs` is the ridge of weights by intention; 0 for none, where replies are few and would be learnt by heart.
+    """
+    W, known = bag(rows, mine, least)
     table, names = rows.table(np.zeros((len(rows.y), 2)))
-    own = [sp.csr_matrix(W.multiply((rows.intention == key)[:, None])) for key in INTENTIONS]
+    own = [sp.csr_matrix(W.multiply((rows.intention == key)[:, None])) for key in INTENTIONS if needs]
     X = sp.hstack([sp.csr_matrix(table), W, *own]).tocsr()
-    ridge = np.repeat([RIDGE, WORDS, NEEDS], [table.shape[1], len(known), len(known) * len(own)])
+    ridge = np.repeat([RIDGE, WORDS, needs], [table.shape[1], len(known), len(known) * len(own)])
     bounds = [bound(name) for name in names] + [(None, None)] * (X.shape[1] - len(names))
     w = fit_glm(X[mine], rows.y[mine], ridge, bounds, weight[mine])[1 + table.shape[1] :].reshape(-1, len(known))
-    raw = np.stack([W @ w[0], sum(part @ v for part, v in zip(own, w[1:]))], 1)
+    raw = np.stack([W @ w[0], sum((part @ v for part, v in zip(own, w[1:])), np.zeros(len(rows.y)))], 1)
     return {phrase: dict(zip(("all", *INTENTIONS), w[:, j])) for j, phrase in enumerate(known)}, raw
 
 
@@ -122,7 +127,7 @@ def bound(name: str) -> tuple:
 
 def fit_gate(rows: Rows, mine: np.ndarray) -> tuple[dict, np.ndarray]:
     """(the gate's coefficients, [N] its log-odds): does a reply read as if a model of ours had said it?"""
-    W, known = bag(rows, mine)
+    W, known = bag(rows, mine, LEAST[rows.language])
     names = [name for name in rows.features[0] if name not in ("same", "again")]  # not by what it said before
     X = sp.hstack([sp.csr_matrix([[f[name] for name in names] for f in rows.features]), W]).tocsr()
     ridge = np.repeat([RIDGE, WORDS], [len(names), len(known)])
@@ -136,8 +141,11 @@ def fit_gate(rows: Rows, mine: np.ndarray) -> tuple[dict, np.ndarray]:
 def fit(rows: Rows, mine: np.ndarray) -> tuple[dict, np.ndarray]:
     """(coefficients as users/offline.py reads them, [N] predictions for all rows)."""
     if not rows.own.any():
+        opening = np.array([not item.heard for item in rows.items])
         able, z = fit_one(rows, mine, rows.weight)
-        return {"able": able}, 20 / (1 + np.exp(-z)) - 10
+        few = mine & (opening | rows.judged)  # the judged ones at any turn: they are the bad ones
+        first, z_first = fit_one(rows, few, np.ones(len(few)), LEAST["first"], needs=0.0)
+        return {"able": able, "first": first}, 20 / (1 + np.exp(-np.where(opening, z_first, z))) - 10
     gate, odds = fit_gate(rows, mine)
     able, z_able = fit_one(rows, mine, np.where(rows.own, OTHERS, 1.0))
     small, z_small = fit_one(rows, mine, np.where(rows.own, 1.0, OTHERS))
@@ -146,14 +154,16 @@ def fit(rows: Rows, mine: np.ndarray) -> tuple[dict, np.ndarray]:
     return {"gate": gate, "able": able, "small": small}, 20 / (1 + np.exp(-z)) - 10
 
 
-def fit_one(rows: Rows, mine: np.ndarray, weight: np.ndarray) -> tuple[dict, np.ndarray]:
+def fit_one(rows: Rows, mine: np.ndarray, weight: np.ndarray, least=0, needs=NEEDS) -> tuple[dict, np.ndarray]:
     """(one set of coefficients, [N] log-odds by them)."""
+    words_of = partial(fit_words, rows, weight=weight, least=least or LEAST[rows.language], needs=needs)
     raw, fold = np.zeros((len(rows.y), 2)), rows.folds(mine, FOLDS)
     for k in range(FOLDS):
-        raw[fold == k] = fit_words(rows, mine & (fold != k), weight)[1][fold == k]
-    words, all_raw = fit_words(rows, mine, weight)
+        raw[fold == k] = words_of(mine & (fold != k))[1][fold == k]
+    words, all_raw = words_of(mine)
     raw[~mine] = all_raw[~mine]
     limits = np.percentile(abs(raw[mine]), 97, axis=0)
+    limits[limits == 0] = 1.0  # no words at all
     table, names = rows.table(np.clip(raw / limits, -1, 1))
     ridge = np.full(len(names), RIDGE)
     w = fit_glm(table[mine], rows.y[mine], ridge, [bound(name) for name in names], weight[mine])
@@ -198,7 +208,7 @@ def chinese(paths: list[str]) -> tuple[Rows, np.ndarray, np.ndarray]:
     models = np.concatenate([models, [""] * len(raw)])
     weight = np.where(models == "", JUDGED_WEIGHT, 1.0)
     seen = np.array([True] * len(items) + [row["split"] == "fit" for row in raw])
-    return Rows(items + rows.items, np.concatenate([real, rows.y]), weight), models, seen
+    return Rows(items + rows.items, np.concatenate([real, rows.y]), weight, judged=models == ""), models, seen
 
 
 def left_out(rows: Rows, models: np.ndarray, seen: np.ndarray) -> dict:

@@ -284,42 +284,46 @@ def test_every_feature_has_such_an_example():
     assert heard(PLAIN, [PLAIN])["again"] == 1 and heard(PLAIN, ["Something else was said."])["again"] == 0
 
 
+@pytest.mark.parametrize("heard", [[], ["..."]], ids=["first", "later"])
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_words_and_features_are_applied_as_they_were_fitted(language):
+def test_words_and_features_are_applied_as_they_were_fitted(language, heard):
     whole, mode = lexicon(language).fit, "vanilla"
     for lang, story, intention, reply in GOOD:
         if lang != language:
             continue
         someone, said = person(lang, story, intention), STORIES[lang, story][1]
         found = phrases(reply, language)
-        measured, scale, emotion = measure(someone, said, [], reply), math.sqrt(max(9, len(found))), 70
-        small = 0.0
+        measured, scale, emotion = measure(someone, said, heard, reply), math.sqrt(max(9, len(found))), 70
+        small, rest = 0.0, "able"
         if language == "en":
             gate = whole["gate"]
             odds = gate["intercept"] + sum(row["all"] for gram, row in gate["words"].items() if gram in found) / scale
             odds += sum(weight * measured[name] for name, weight in gate["features"].items())
             small = 1 / (1 + math.exp(-odds))
+        elif not heard:
+            rest = "first"
         z = 0.0
-        for share, fit in ((1 - small, whole["able"]), *([(small, whole["small"])] if small else [])):
+        for share, fit in ((1 - small, whole[rest]), *([(small, whole["small"])] if small else [])):
             known = [row for gram, row in fit["words"].items() if gram in found]
             sums = {key: sum(row.get(key, 0) for row in known) for key in ("all", intention)}
             tone, need = (max(-1, min(1, sums[key] / scale / limit))
                           for key, limit in zip(("all", intention), fit["limits"]))
             assert wording(found, someone, fit) == pytest.approx((tone, need))
-            f = measured | {"tone": tone, "need": need, "turn": 0, "negative": 0, "agreement": intention == "agreement"}
+            f = measured | {"tone": tone, "need": need, "turn": len(heard) / 4, "negative": 0}
             f |= {"emotion": emotion / 50 - 1, "emotion2": (emotion / 50 - 1) ** 2}
+            f["agreement"] = intention == "agreement"
             z += share * fit["intercept"]
             for name, weight in fit["features"].items():
                 a, _, b = name.partition(" x ")
                 z += share * weight * f[a] * (f[b] if b else 1)
         assert guards(f, someone, reply) == 0
-        assert appraise(someone, mode, said, [], reply, emotion).change == round(20 / (1 + math.exp(-z)) - 10, 1)
+        assert appraise(someone, mode, said, heard, reply, emotion).change == round(20 / (1 + math.exp(-z)) - 10, 1)
 
 
 def test_a_small_models_stumbling_is_told_from_what_somebody_wrote():
     someone, (_, said) = person("en", "bakery", "praise"), STORIES["en", "bakery"]
     stumbling = "You kept it all safe in the work and you are so tired of the good one that you keep."
-    share = {text: shares(measure(someone, said, [], text), phrases(text, "en"), lexicon("en").fit)
+    share = {text: shares(measure(someone, said, [], text), phrases(text, "en"), lexicon("en").fit, 0)
              for text in (PLAIN, stumbling)}  # fmt: skip
     for parts in share.values():
         assert sum(amount for amount, _ in parts) == pytest.approx(1)

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from simulator import Appraisal, EmotionRules, Failed, Key, Profile, UserTurn, band, cjk_share
 from users.fluency import DATA, clip, naturalness, salad, sentences, stem, tokens
 
-VERSION = "4"  # raise it with every change here or in fluency.py that moves a golden appraisal (tests/test_golden.py)
+VERSION = "5"  # raise it with every change here or in fluency.py that moves a golden appraisal (tests/test_golden.py)
 MODES = ("vanilla", "challenging")
 LONG = {"en": (45, 400), "zh": (300, 1100)}  # tokens from which a reply is long; the length nobody reads
 NEAR = 12  # content units of one sentence of the story that belong together
@@ -191,10 +191,10 @@ def summed(found: set[str], words: dict[str, dict], key: str) -> float:
     return math.fsum(words[gram].get(key, 0.0) for gram in found if gram in words) / math.sqrt(max(9, len(found)))
 
 
-def shares(f: dict[str, float], found: set[str], fit: dict) -> list[tuple[float, dict]]:
+def shares(f: dict[str, float], found: set[str], fit: dict, turn: int) -> list[tuple[float, dict]]:
     """Sets of coefficients and how much each counts: what reads as if a small model had said it is judged as such."""
     if "gate" not in fit:
-        return [(1.0, fit["able"])]
+        return [(1.0, fit["able" if turn else "first"])]
     z = fit["gate"]["intercept"] + summed(found, fit["gate"]["words"], "all")
     small = 1 / (1 + math.exp(-z - math.fsum(weight * f[name] for name, weight in fit["gate"]["features"].items())))
     return [(1 - small, fit["able"]), (small, fit["small"])]
@@ -228,7 +228,7 @@ def appraise(profile: Profile, mode: str, said: list[str], heard: list[str], rep
     lex = lexicon(profile.language)
     f = measure(profile, said, heard, reply) | {"tone": 0.0, "need": 0.0}
     found, intercept, added = phrases(reply, profile.language), 0.0, Counter()  # to the log-odds of a good reply
-    parts = shares(f, found, lex.fit)
+    parts = shares(f, found, lex.fit, len(heard))
     f["small"] = sum(share for share, _ in parts[1:])
     for share, fit in parts:
         tone, need = wording(found, profile, fit)
