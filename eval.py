@@ -5,6 +5,7 @@
     python eval.py score LOG... [--json]        score, success, failure, by intention and persona
     python eval.py verify LOG...                recompute every emotion and reward
     python eval.py compare LOG_A LOG_B          paired bootstrap of the difference
+    python eval.py page LOG_OR_RUN [SECOND] -o FILE.html    dialogues and curves, to read in a browser
     python eval.py gauge key=value ... [logs=GLOB] [script=off] [--json]    a bench for users
 
 The protocol is SAGE's (arXiv 2505.02847, section 2): emotion starts at 40, the model replies at
@@ -37,6 +38,7 @@ from model import Transformer, find_folder
 from rollout import MAX_FAILED, Dialogue, Job, Stage, log_line, make_engine, make_talk
 from rundir import check_writable, use_kernels
 from simulator import load_profiles
+from ui.page import command_page
 from update import make_model
 from users import make_user, user_name
 from users.llm_user import LLMUser, prompt_folders, usage_metrics
@@ -299,7 +301,8 @@ def command_compare(argv: list[str]) -> int:
 
 
 COMMANDS = {"run": command_run, "export": command_export, "score": command_score,
-            "verify": command_verify, "compare": command_compare, "gauge": command_gauge}  # fmt: skip
+            "verify": command_verify, "compare": command_compare, "gauge": command_gauge,
+            "page": command_page}  # fmt: skip
 
 
 def main(argv: list[str]) -> int:

@@ -254,7 +254,7 @@ def appraise(profile: Profile, mode: str, said: list[str], heard: list[str], rep
     shown = {name: round(float(value), 3) for name, value in f.items() if " x " not in name}
     return Appraisal(
         words["content"].format(moves=comma.join(good)), words["served" if served > 0.7 else "partly" if served > 0.4 else "missed"],
-        activity, words["analyse"].format(change=change, faults=comma.join(bad)), change, shown | {"served": served, "guard": guard})
+        activity, words["analyse"].format(change=change, faults=comma.join(bad)), change, shown | {"served": round(served, 3), "guard": round(guard, 3)})
 
 
 @functools.lru_cache(4096)
