@@ -111,6 +111,31 @@ class Chat:
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
+class Stream:
+    """The text of one reply while it is sampled, and where a stop string cuts it."""
+
+    def __init__(self, chat: Chat, stops: tuple[str, ...] = ()):
+        self.chat, self.stops, self.thought, self.text, self.stopped = chat, stops, "", "", False
+
+    def more(self, ids: list[int], ended: bool) -> tuple[str, str]:
+        """What thought and text have got since the last call, given all ids so far.
+
+        Held back unless `ended`: half a character, white space, and what may begin a stop string.
+        Put together the text is `Chat.read(ids).text`, or that up to the first stop string.
+        """
+        whole = self.chat.decode(ids[:-1] if ids and ids[-1] == self.chat.end else ids)
+        thought, close, text = whole.partition(CLOSE) if self.chat.think else ("", "", whole)
+        found = [at for at in map(text.find, self.stops) if at >= 0]
+        self.stopped = bool(found)
+        text = text[: min(found)] if found else text
+        if not ended and not found:
+            held = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+            text = text[: len(text) - max(held, default=0)].rstrip("\ufffd")
+            thought = thought if close else thought.rstrip("\ufffd")
+        before, self.thought, self.text = (self.thought, self.text), thought + close, text.strip()
+        return self.thought[len(before[0]) :], self.text[len(before[1]) :]
+
+
 def load_tokenizer(name: str):
     """A transformers tokenizer from a folder or the hub, or `bytes`. Raises InputError for none."""
     import transformers

@@ -200,16 +200,14 @@ class Engine:
     def forget(self) -> None:
         """Drop all rows, keys, values and packed weights: they belong to weights that are gone."""
         self.cache.zero_()  # a NaN left behind would survive its mask: 0 x NaN is NaN
-        self.held = [[] for _ in self.held]
-        self.waiting, self.live = [], []
+        self.waiting, self.live, self.held = [], [], [[] for _ in self.held]
         self.model.pack(False)
 
     def submit(self, slot: int, prompt: list[int], key: tuple[int, ...], cap: int) -> None:
         """Queue a turn of at most `cap` ids, fewer if the slot is full; `key` seeds its noise."""
-        size, capacity = len(prompt), self.capacity
-        if size >= capacity:
-            raise ValueError(f"a prompt of {size} tokens leaves no room in a slot of {capacity}")
-        self.waiting.append(Row(slot, prompt, key, min(cap, capacity - size)))
+        if (room := self.capacity - len(prompt)) < 1:
+            raise ValueError(f"{len(prompt)} tokens leave no room in a slot of {self.capacity}")
+        self.waiting.append(Row(slot, prompt, key, min(cap, room)))
 
     @torch.no_grad()
     def step(self) -> list[Row]:
@@ -235,14 +233,16 @@ class Engine:
 
     def finish(self, row: Row, code: int) -> Row:
         """Fetch what an ended row has sampled."""
-        size = len(row.prompt)
-        sampled = row.slot, slice(size, size + self.clock - row.begun + 1)
-        row.sampled, row.logps, row.values = (
-            x[sampled].tolist() for x in (self.ids, self.logp, self.value))
-        full = size + row.cap == self.capacity
+        found = (x[self.sampled(row)].tolist() for x in (self.ids, self.logp, self.value))
+        row.sampled, row.logps, row.values = found
+        full = len(row.prompt) + row.cap == self.capacity
         row.stop = "eos" if code == EOS else "context" if full else "cap"
         self.held[row.slot] = row.prompt + row.sampled[:-1]
         return row
+
+    def sampled(self, row: Row) -> tuple[int, slice]:
+        """Where a row that waits no longer has its ids in `ids`, and the like."""
+        return row.slot, slice(size := len(row.prompt), size + self.clock - row.begun + 1)
 
     def prefill(self, rows: list[Row]) -> Tensor:
         """Bring each row's slot up to its prompt and sample an id; the rows' codes."""
@@ -309,10 +309,7 @@ class Engine:
         odds = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
         sums = block_sums(odds)
         total = sums.sum(-1)
-        if self.temperature == 0:
-            choice = odds.argmax(-1)
-        else:
-            choice = inverse_cdf(odds, sums, self.noise[slot_B, position_B])
+        choice = self.choose(odds, sums, slot_B, position_B)
         logp = (odds.gather(-1, choice[:, None]).squeeze(-1) / total).log().float()
         self.ids[slot_B, position_B], self.logp[slot_B, position_B] = choice, logp
         if self.value_head:
@@ -321,6 +318,11 @@ class Engine:
         code = torch.where(position_B == self.limit[slot_B], LIMIT, LIVE)
         code = torch.where((choice[:, None] == self.stop_ids).any(-1), EOS, code)
         return torch.where(torch.isfinite(total), code, NOT_FINITE)
+
+    def choose(self, odds: Tensor, sums: Tensor, slot_B: Tensor, position_B: Tensor) -> Tensor:
+        """One id a row, by its odds; serve.py has a temperature for each."""
+        noise = self.noise[slot_B, position_B]
+        return odds.argmax(-1) if self.temperature == 0 else inverse_cdf(odds, sums, noise)
 
 
 class Graphs:

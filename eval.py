@@ -5,6 +5,8 @@
     python eval.py score LOG... [--json]        score, success, failure, by intention and persona
     python eval.py verify LOG...                recompute every emotion and reward
     python eval.py compare LOG_A LOG_B          paired bootstrap of the difference
+    python eval.py chat MODEL_OR_RUN [person=ID] [--rate]     talk with a policy as the user
+    python eval.py chat --supporter [person=ID] [--rate]      help a simulated person yourself
     python eval.py page LOG_OR_RUN [SECOND] -o FILE.html    dialogues and curves, to read in a browser
     python eval.py gauge key=value ... [logs=GLOB] [script=off] [--json]    a bench for users
 
@@ -18,15 +20,15 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from checkpoint import (check_files, checkpoints, load_checkpoint, load_model,  # isort: skip
-                        save_adapter, save_model)  # fmt: skip
-from config import (Config, InputError, add_rows, help_text, load_config, own_rows,  # isort: skip
+from checkpoint import check_files, save_adapter, save_model
+
+from config import (Config, InputError, add_rows, help_text, own_rows,  # isort: skip
                     read_json, read_saved, require, save_config, without_nan, write_rows)  # fmt: skip
 from score import (by_profile, interval, mismatches, paired_bootstrap, read_log,  # isort: skip
                    score_line, score_text, summary)  # fmt: skip
@@ -36,10 +38,10 @@ from judges.gauge import command_gauge
 from judges.shadow import second_look
 from model import Transformer, find_folder
 from rollout import MAX_FAILED, Dialogue, Job, Stage, log_line, make_engine, make_talk
-from rundir import check_writable, use_kernels
+from rundir import check_writable, find_policy, restore_policy, use_kernels
 from simulator import load_profiles
+from ui.chat import command_chat
 from ui.page import command_page
-from update import make_model
 from users import make_user, user_name
 from users.llm_user import LLMUser, prompt_folders, usage_metrics
 
@@ -107,38 +109,19 @@ def command_run(argv: list[str]) -> int:
 
     Writes dialogues.jsonl, result.json and result.txt. An interrupted one goes on where it stopped.
     """
-    wanted = "eval.py run wants a model folder, a hub name or a run directory first"
-    require(argv and "=" not in argv[0], wanted)
-    source, options = argv[0], [arg for arg in argv[1:] if not arg.startswith("out=")]
-    out = next((arg[4:] for arg in argv[1:] if arg.startswith("out=")), "")
-    run = Path(source) if (Path(source) / "env.txt").is_file() else None  # a model folder has none
-    if run and all("=" in arg for arg in options):
-        saved = asdict(read_saved(run / "config.json"))
-        own = {k: v for k, v in saved.items() if v != getattr(Config(), k) and "record" not in k}
-        options = [f"{key}={value}" for key, value in own.items()] + options
-    config = load_config(options)
-    # For a LoRA run, the checkpoint: merging the adapter into bf16 weights would round it away.
-    wanted = run and (config.lora_rank or not (run / "model").is_dir())
-    newest = checkpoints(run)[-1:] if wanted else []
-    if run and not newest and not (run / "model").is_dir():
-        raise InputError(f"{run}: has neither {run / 'model'} nor a checkpoint yet; train on")
-    name = str(newest[0] if newest else run / "model" if run else source)
-    within, device = f"eval/{newest[0].name if newest else 'final'}", pick_device(config)
-    folder = Path(out or (run / within if run else f"runs/eval-{Path(name).name}"))
+    out = next((arg[4:] for arg in argv if arg.startswith("out=")), "")
+    policy = find_policy("eval.py run", [arg for arg in argv if not arg.startswith("out=")])
+    config, device = policy.config, pick_device(policy.config)
+    within = f"eval/{policy.checkpoint.name if policy.checkpoint else 'final'}"
+    named = f"runs/eval-{Path(policy.name).name}"
+    folder = Path(out or (policy.run / within if policy.run else named))
     world = World(device=device, dtype=compute_type(config.precision, device))
     load_profiles(config.eval_profiles)  # whatever is wrong is said before weights are loaded
-    bases = [name] if not newest else [config.model] if config.lora_rank else []
-    files = newest + [Path(base) if base.endswith(".json") else find_folder(base) for base in bases]
-    settings = describe(config, f"{name} ({fingerprint(*files)})", world)
+    settings = describe(config, f"{policy.name} ({fingerprint(*policy.files())})", world)
     log = begin_evaluation(folder, settings)
-    print(use_kernels(config, run, world), flush=True)
-    tokenizer = load_tokenizer(config.tokenizer or (config.model if newest else name))
-    make_chat(tokenizer, config.think)
+    print(use_kernels(config, policy.run, world), flush=True)
     make_user(config, config.eval_start_emotion, config.eval_user_mode)
-    if newest:
-        model = restore_policy(config, newest[0], world)
-    else:
-        model = load_model(name, config.seed, device, lambda model: model.to(world.dtype))
+    model, tokenizer = policy.load(world)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
     try:
@@ -154,13 +137,6 @@ def command_run(argv: list[str]) -> int:
     write_evaluation(folder, config, settings, rows, cost)
     print((folder / "result.txt").read_text(), end="")
     return 0
-
-
-def restore_policy(config: Config, checkpoint: Path, world: World) -> Transformer:
-    """The policy of a checkpoint on this process's device, its adapter beside it if it has one."""
-    model = make_model(config, world)
-    load_checkpoint(checkpoint, {"policy": model})
-    return model.to(world.dtype)
 
 
 def command_export(argv: list[str]) -> int:
@@ -302,7 +278,7 @@ def command_compare(argv: list[str]) -> int:
 
 COMMANDS = {"run": command_run, "export": command_export, "score": command_score,
             "verify": command_verify, "compare": command_compare, "gauge": command_gauge,
-            "page": command_page}  # fmt: skip
+            "chat": command_chat, "page": command_page}  # fmt: skip
 
 
 def main(argv: list[str]) -> int:

@@ -34,6 +34,12 @@ class Turn:
     user: UserTurn | None = None
 
 
+def next_prompt(chat: Chat, last: Turn, said: str) -> list[int]:
+    """Ids up to the reply to `said`, behind a turn: its own ids, without its thought."""
+    kept = last.reply.ids if chat.think else last.sampled_ids
+    return [*last.prompt_ids, *kept, *chat.glue(kept), *chat.user_turn(said)]
+
+
 @dataclass
 class Dialogue:
     """One talk between the policy and one simulated user.
@@ -201,9 +207,7 @@ class Stage:
         last.user = answer
         if answer.ended or len(dialogue.turns) == self.talk.max_turns:
             return self.end(dialogue, answer.ended or "max_turns")
-        kept = last.reply.ids if self.chat.think else last.sampled_ids
-        heard = [*self.chat.glue(kept), *self.chat.user_turn(answer.text)]
-        self.say(dialogue, [*last.prompt_ids, *kept, *heard])
+        self.say(dialogue, next_prompt(self.chat, last, answer.text))
 
     def say(self, dialogue: Dialogue, prompt: list[int]) -> None:
         """Have the policy reply to a prompt, if the context has room for it."""
@@ -347,13 +351,12 @@ def log_line(dialogue: Dialogue, **extra) -> dict:
         extras = {"thought": turn.reply.thought, "violation": turn.reply.violation}
         history.append(said | {name: text for name, text in extras.items() if text})
         if turn.user:
-            a = turn.user.appraisal
-            planning = {"content": a.content, "TargetCompletion": a.target_completion}
-            planning |= {"activity": a.activity, "analyse": a.analyse, "change": a.change}
-            if a.features:
-                planning["features"] = a.features
             heard = {"role": "user", "content": turn.user.text, "thinking": turn.user.thinking}
-            history.append({**heard, "emotion-point": turn.user.emotion, "planning": planning})
+            history.append(heard | {"emotion-point": turn.user.emotion})
+            if a := turn.user.appraisal:  # one who types what they say gives none
+                planning = {"content": a.content, "TargetCompletion": a.target_completion}
+                planning |= {"activity": a.activity, "analyse": a.analyse, "change": a.change}
+                history[-1]["planning"] = planning | ({"features": a.features} if a.features else {})
     status = {"status": "failed", "why": dialogue.why}
     if dialogue.completed:
         status = {"status": "ok", "emo_point": dialogue.emotion}

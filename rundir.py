@@ -1,6 +1,7 @@
 """A run's folder: config.json, kernels.json, env.txt, metrics.jsonl, dialogues.jsonl, tb/, ckpt/ and eval/.
 
 JSON lines are the truth, TensorBoard a copy. Only the main rank writes. ckpt/ is checkpoint.py's.
+`find_policy` reads one: the policy that a command is given as MODEL_OR_RUN.
 """
 
 import dataclasses
@@ -20,12 +21,15 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from config import (MAY_CHANGE, Config, InputError, add_rows, own_rows, read_json,  # isort: skip
-                    read_saved, save_config, write_rows)  # fmt: skip
+from config import (MAY_CHANGE, Config, InputError, add_rows, load_config, own_rows,  # isort: skip
+                    read_json, read_saved, require, save_config, write_rows)  # fmt: skip
 import kernels
-from checkpoint import checkpoints
+from chat import load_tokenizer, make_chat
+from checkpoint import checkpoints, load_checkpoint, load_model
 from dist import World
+from model import Transformer, find_folder
 from rollout import Talk, log_line
+from update import make_model
 from users.offline import user_hash
 
 LOCK = ".lock"
@@ -70,6 +74,65 @@ def use_kernels(config: Config, begun: Path | None, world: World) -> str:
     line, chosen = world.gather((line, kernels.chosen))[0]  # one measurement for all
     kernels.chosen.update(chosen)
     return line
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """What a command was given as MODEL_OR_RUN; without a `checkpoint`, `name` is a model's."""
+
+    config: Config
+    name: str
+    run: Path | None = None
+    checkpoint: Path | None = None
+
+    def files(self) -> list[Path]:
+        """What its weights come from. Raises InputError for a model that is not there."""
+        lora = bool(self.config.lora_rank)
+        bases = [self.config.model] * lora if self.checkpoint else [self.name]
+        found = [Path(base) if base.endswith(".json") else find_folder(base) for base in bases]
+        return [self.checkpoint, *found] if self.checkpoint else found
+
+    def load(self, world: World) -> tuple[Transformer, object]:
+        """The model on this process's device, and its tokenizer, which has to know ChatML."""
+        config = self.config
+        base = config.model if self.checkpoint else self.name
+        tokenizer = load_tokenizer(config.tokenizer or base)
+        make_chat(tokenizer, config.think)
+        if self.checkpoint:
+            return restore_policy(config, self.checkpoint, world), tokenizer
+        to = world.dtype
+        return load_model(self.name, config.seed, world.device, lambda m: m.to(to)), tokenizer
+
+
+def find_policy(command: str, argv: list[str]) -> Policy:
+    """The policy of a model folder, a hub name, or a run's model or newest checkpoint, argv[0].
+
+    A run's own options are the defaults of those behind it.
+    """
+    wanted = f"{command} wants a model folder, a hub name or a run directory first"
+    require(argv and "=" not in argv[0] and not argv[0].startswith("-"), wanted)
+    source, options = argv[0], argv[1:]
+    run = Path(source) if (Path(source) / "env.txt").is_file() else None  # a model folder has none
+    if run and all("=" in arg for arg in options):
+        saved = dataclasses.asdict(read_saved(run / "config.json"))
+        own = {k: v for k, v in saved.items() if v != getattr(Config(), k) and "record" not in k}
+        options = [f"{key}={value}" for key, value in own.items()] + options
+    config = load_config(options)
+    # For a LoRA run, the checkpoint: merging the adapter into bf16 weights would round it away.
+    wanted = run and (config.lora_rank or not (run / "model").is_dir())
+    newest = checkpoints(run)[-1:] if wanted else []
+    if run and not newest and not (run / "model").is_dir():
+        raise InputError(f"{run}: has neither {run / 'model'} nor a checkpoint yet; train on")
+    if newest:
+        return Policy(config, str(newest[0]), run, newest[0])
+    return Policy(config, str(run / "model") if run else source, run)
+
+
+def restore_policy(config: Config, checkpoint: Path, world: World) -> Transformer:
+    """The policy of a checkpoint on this process's device, its adapter beside it if it has one."""
+    model = make_model(config, world)
+    load_checkpoint(checkpoint, {"policy": model})
+    return model.to(world.dtype)
 
 
 def check_writable(folder: Path) -> None:

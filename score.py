@@ -63,7 +63,7 @@ def score_text(path: str, rows: list[dict]) -> str:
         groups = defaultdict(list)
         for row in rows:
             name, where = row.get(key, ""), f"{path}:{row['line']}: key {key!r}"
-            groups[canonical(name, table, where) if table else name].append(row)
+            groups[canonical(name, table, where) if table and name else name].append(row)
         for name in table or (sorted(groups) if len(groups) > 1 else ()):
             title = f"  {name} ({table[name][1]})" if table else f"  seed {name}"
             lines += [score_line(title[:44], groups[name])] if name in groups else []

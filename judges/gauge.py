@@ -231,10 +231,15 @@ def good_talks(user: User, people: dict[str, Profile]) -> dict:
 
 
 def read_sage(paths: list[str]) -> tuple[list[Item], np.ndarray, np.ndarray]:
-    """(every scored reply, where it stood, the real user's change [N], the log's name [N]) of SAGE's logs."""
+    """(every scored reply, where it stood, the real user's change [N], the log's name [N]) of SAGE's logs.
+
+    In a talk of `eval.py chat --rate` the real user is who rated.
+    """
     items, real, model = [], [], []
     for path in paths:
         for where, row in read_rows(Path(path)):
+            if row.get("status", "ok") != "ok":
+                continue
             keys = {key: row[key] for key in ("id", "player", "scene", "task")}
             person = parse_profile(keys | {"main_cha": row["character"]}, where)
             said, heard = [], []
@@ -244,7 +249,7 @@ def read_sage(paths: list[str]) -> tuple[list[Item], np.ndarray, np.ndarray]:
                     continue
                 if "planning" in after:
                     items.append(Item(person, tuple(said), tuple(heard), turn["content"], emotion))
-                    real.append(EmotionRules().change(float(after["planning"]["change"])))
+                    real.append(EmotionRules().change(float(after.get("rated", after["planning"]["change"]))))
                     model.append(Path(path).name)
                 heard.append(turn["content"])
     return items, np.array(real), np.array(model)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from test_dist import frozen_dialogues
 
 import eval as evaluation
+import rundir
 import train
 from chat import load_tokenizer
 from checkpoint import checkpoints, load_model, save_adapter, save_model
@@ -168,8 +169,8 @@ def test_the_benchmark_of_a_finished_run_keeps_base_and_adapter_apart(tiny, tmp_
     """Merged into bf16 on a GPU most of an adapter would be rounded away."""
     config, asked = tiny(lora_rank=4, eval_max_turns=1), []
     go(config)
-    real = evaluation.restore_policy
-    monkeypatch.setattr(evaluation, "restore_policy", lambda *args: asked.append(args[1].name) or real(*args))
+    real = rundir.restore_policy
+    monkeypatch.setattr(rundir, "restore_policy", lambda *args: asked.append(args[1].name) or real(*args))
     assert evaluation.main(["run", config.run, f"out={tmp_path / 'out'}"]) == 0
     assert asked == ["step_4"]
     settings = json.loads((tmp_path / "out" / "result.json").read_text())["settings"]

@@ -19,7 +19,7 @@ function move(by) {
 }
 const keys = {"/": () => byId("text").focus(), j: () => move(1), k: () => move(-1), o: toggle};
 document.addEventListener("keydown", event => {
-  if (event.key === "Escape") document.activeElement.blur();
+  if (event.key === "Escape") { event.preventDefault(); document.activeElement.blur(); }  // a search field would be emptied unseen
   if (/INPUT|SELECT/.test(event.target.tagName) || event.ctrlKey || event.metaKey || event.altKey) return;
   if (keys[event.key]) { event.preventDefault(); keys[event.key](); }
 });
