@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from chat import Chat, load_tokenizer, make_chat, system_prompt
+from chat import Chat, Stream, load_tokenizer, make_chat, system_prompt
 from config import InputError
 
 # ---- tokenizers: Qwen's BPE comes from the dashscope wheel, its ChatML templates are written out here
@@ -324,6 +324,29 @@ def test_whatever_is_sampled_the_reply_is_a_suffix_of_it(name, text, cut):
 
 
 # ---- tokenizers and prompts from disk
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(0, 255), max_size=40) | st.text("ab \n的é", max_size=30), st.booleans(), st.data())
+def test_a_reply_that_is_streamed_is_the_reply_that_is_read(byte_tokenizer, sampled, think, data):
+    """Of any bytes, half characters among them, and any stop strings: no part given out is ever taken back."""
+    chat = make_chat(byte_tokenizer, think)
+    ids = [*chat.text("<think>hm</think>")] * (think and data.draw(st.booleans()))
+    ids += chat.text(sampled) if isinstance(sampled, str) else sampled
+    stops = tuple(data.draw(st.lists(st.text("ab ", min_size=1, max_size=3), max_size=2)))
+    stream, thought, text = Stream(chat, stops), "", ""
+    for n in range(len(ids) + 1):
+        more = stream.more(ids[:n], n == len(ids))
+        thought, text = thought + more[0], text + more[1]
+        assert (thought, text) == (stream.thought, stream.text)
+        if stream.stopped:
+            break
+    read = chat.read(ids[:n])
+    whole = chat.decode(ids[:n]).partition("</think>")[2] if think else chat.decode(ids[:n])
+    first = min((at for at in map(whole.find, stops) if at >= 0), default=None)
+    assert stream.stopped == (first is not None)
+    assert text == (read.text if first is None else whole[:first].strip())
+    assert thought == read.thought
 
 
 @pytest.mark.parametrize("content", [None, "{}", "not json"])

@@ -180,9 +180,9 @@ def support(config, dialogue: Dialogue, rated: list | None) -> None:
         said = ask("you> ")
         if rated is not None:
             rated.append(ask_change("how much does that move them, -10..10> "))
+        dialogue.turns.append(Turn([], [], [], [], Reply([], said), "eos"))
         user.tell(key, said)
-        heard = answer(user)
-        dialogue.turns.append(Turn([], [], [], [], Reply([], said), "eos", heard))
+        dialogue.turns[-1].user = heard = answer(user)
         felt, bar = heard.appraisal, "#" * round(heard.emotion / 5)
         print(f"  {heard.change:+.1f}  emotion {heard.emotion:g} [{bar:<20}]")
         print(f"  {plain(felt.activity)}\n  {plain(felt.analyse)}\nperson> {plain(heard.text)}")
