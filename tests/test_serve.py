@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import openai
 import pytest
@@ -18,11 +19,14 @@ import transformers
 import uvicorn
 from conftest import ROOT, tiny_model
 
+import eval as evaluation
 import serve
 from chat import banned_ids, load_tokenizer, make_chat
 from checkpoint import load_model
 from config import Config
 from engine import Sampling
+from score import mismatches
+from simulator import EmotionRules
 from users.clients import Call, Endpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -339,3 +343,29 @@ def test_what_is_wrong_is_said_in_one_line_before_weights_are_loaded(options, wo
         assert done.returncode == 0 and "RLVER_SERVE_KEY" in done.stdout, "help"
     else:
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and words in done.stderr
+
+
+def test_the_verifiers_runner_rolls_out_with_our_people_and_the_reward_is_what_verify_finds(process, tmp_path):
+    url, name = process
+    pytest.importorskip("verifiers")
+    command = [str(Path(sys.executable).with_name("vf-eval")), "rlver-env", "--model", name, "--client.base-url", url,
+               "--no-push", "--no-rich", "-n", "2", "-r", "2", "-o", str(tmp_path), "--sampling.max-tokens", "24",
+               "--env.taskset.options", "max_turns=3 start_emotion=40 profiles=data/en_test.jsonl"]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'integrations'}", "HOME": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (store,) = tmp_path.rglob("traces.jsonl")
+    traces = [trace for line in store.read_text().splitlines() for trace in json.loads(line)["traces"]]
+    assert len(traces) == 4 and not any(trace.get("errors") for trace in traces)
+    rows = [trace["info"]["dialogue"] for trace in traces]
+    rules = EmotionRules(start=40.0)
+    for trace, row in zip(traces, rows):
+        assert mismatches(row, row["id"]) == [] and len(row["history"]) == 7
+        emotion = rules.start
+        for message in row["history"][2::2]:
+            emotion = rules.step(emotion, message["planning"]["change"])
+        assert trace["rewards"]["emotion"]["score"] == pytest.approx(emotion / 100)
+        said = [node["message"]["content"] for node in trace["nodes"] if node["message"]["role"] == "assistant"]
+        assert said == [m["content"] for m in row["history"] if m["role"] == "assistant"]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluation.main(["verify", str(tmp_path / "log.jsonl")]) == 0
