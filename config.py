@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 DTYPES = ("auto", "fp32", "bf16")
-MODES = ("vanilla", "challenging")
+MODES, ASKED = ("vanilla", "challenging"), ("llm", "local")  # users' modes; those asked by prompts
 
 
 class InputError(Exception):
@@ -59,7 +59,7 @@ class Config:
     profiles: str = option("data/en_train.jsonl", "training profiles, at least as many as `groups`")
     eval_profiles: str = option("data/en_test.jsonl", "profiles of the benchmark")
     user: str = option("offline", "who plays the people: offline (rules), llm (OpenAI-compatible "
-                       "endpoint) or local (in our own engine)", ("offline", "llm", "local"))
+                       "endpoint) or local (in our own engine)", ("offline", *ASKED))
     user_mode: str = option("vanilla", "vanilla or challenging: hidden need, hard to move", MODES)
     user_model: str = option("", "llm: the name the endpoint knows; local: HF folder or hub name")
     user_url: str = option("", "llm: the endpoint's base URL, such as http://127.0.0.1:8001/v1")
@@ -248,10 +248,10 @@ def check_together(config: Config) -> None:
         raise InputError(f"option 'reply_tokens' ({tokens}) must be below 'context_tokens' ({cap})")
     if (dialogues := config.groups * (learn_from or size)) < cuts:
         raise InputError(f"option 'minibatches' ({cuts}) exceeds a step's dialogues ({dialogues})")
-    if config.user == "offline" and config.record != "off":
+    if config.user not in ASKED and config.record != "off":
         raise InputError("option 'record' is for language models; user=offline needs no record")
     needed = "user_model" if config.user_url or config.user == "local" else "user_url"
-    if config.user != "offline" and not getattr(config, needed) and config.record != "replay":
+    if config.user in ASKED and not getattr(config, needed) and config.record != "replay":
         want = {"local": "a model's folder or hub name",
                 "llm": "user_url=http://127.0.0.1:8001/v1 user_model=NAME (docs/simulators.md); "
                        "or user=offline, the rule-based user, which needs none"}  # fmt: skip

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from checkpoint import check_files, save_adapter, save_model
 
-from config import (Config, InputError, add_rows, help_text, own_rows,  # isort: skip
+from config import (ASKED, Config, InputError, add_rows, help_text, own_rows,  # isort: skip
                     read_json, read_saved, require, save_config, without_nan, write_rows)  # fmt: skip
 from score import (by_profile, interval, mismatches, paired_bootstrap, read_log,  # isort: skip
                    score_line, score_text, summary)  # fmt: skip
@@ -91,7 +91,7 @@ def evaluate(config: Config, model: Transformer, tokenizer, world: World,
 def join_evaluation(config: Config, parts: list[Part]) -> tuple[list[dict], dict]:
     """All ranks' log lines in the order of seed and key, and what a user's language model cost."""
     rows = {key: row for found, _ in parts for key, row in found.items()}
-    cost = {} if config.user == "offline" else usage_metrics([spent for _, spent in parts])
+    cost = usage_metrics([spent for _, spent in parts]) if config.user in ASKED else {}
     return [rows[key] for key in sorted(rows)], cost
 
 
@@ -196,7 +196,7 @@ def describe(config: Config, model: str, world: World) -> dict:
     people, systems = Path(config.eval_profiles), make_talk(config, training=False).systems
     words = hashlib.sha256(json.dumps(systems).encode()).hexdigest()[:8]
     user = user_name(config, config.eval_user_mode)
-    if config.user != "offline":
+    if config.user in ASKED:
         folders = prompt_folders(config.eval_user_mode, config.prompts).values()
         local = config.user == "local" and config.record != "replay"
         where = fingerprint(find_folder(config.user_model)) if local else config.user_url

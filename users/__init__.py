@@ -20,20 +20,22 @@ from users.clients import Endpoint, Local, Record
 from users.llm_user import LLMUser
 from users.offline import OfflineUser, user_hash
 
+USERS = {"offline": OfflineUser}  # those without a language model; made from rules and a mode
+
 
 def make_user(config: Config, start: float, mode: str) -> User:
     """The simulated user of a config: SAGE's emotion rules with this start."""
     rules = EmotionRules(start=start)
-    if config.user == "offline":
-        return OfflineUser(rules, mode)
+    if config.user in USERS:
+        return USERS[config.user](rules, mode)
     client = make_client(config)
     return LLMUser(client, rules, mode, config.prompts, config.one_call, config.user_retries)
 
 
 def user_name(config: Config, mode: str) -> str:
     """Who the user is, for readers of a result: by version and data, or a model by name."""
-    if config.user == "offline":
-        return f"offline {user_hash()}, {mode}"
+    if config.user in USERS:
+        return f"{config.user} {user_hash()}, {mode}"
     prompts = (config.prompts or "our prompts") + (", one call a turn" if config.one_call else "")
     model = f"{config.user} {config.user_model} at temperature {config.user_temperature:g}"
     return f"{model}, {prompts}, {mode}"
