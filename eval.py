@@ -7,7 +7,7 @@
     python eval.py compare LOG_A LOG_B          paired bootstrap of the difference
     python eval.py chat MODEL_OR_RUN [person=ID] [--rate]     talk with a policy as the user
     python eval.py chat --supporter [person=ID] [--rate]      help a simulated person yourself
-    python eval.py page LOG_OR_RUN [SECOND] -o FILE.html    dialogues and curves, to read in a browser
+    python eval.py page LOG_OR_RUN [SECOND] -o FILE.html      dialogues and curves for a browser
     python eval.py gauge key=value ... [logs=GLOB] [script=off] [--json]    a bench for users
 
 The protocol is SAGE's (arXiv 2505.02847, section 2): emotion starts at 40, the model replies at

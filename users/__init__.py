@@ -1,9 +1,7 @@
 """Who plays a person. `make_user` is the one place where the option `user` is decided.
 
-`offline.py` is a user without a language model (`fluency.py` is its ear for how people talk),
-`llm_user.py` one that is a language model, and `clients.py` holds what that model may be: an
-endpoint, or a checkpoint in our own engine. All follow the protocol of `simulator.User`;
-docs/simulators.md shows one of your own in thirty lines.
+`offline.py` has no language model (`fluency.py` is its ear), `llm_user.py` asks one, which by
+`clients.py` is an endpoint or in our own engine. docs/simulators.md shows one in thirty lines.
 """
 
 import dataclasses
