@@ -48,12 +48,13 @@ class Refused(Exception):
 
     def __init__(self, message: str, param: str = "", code: str = "", status: int = 400):
         super().__init__(message)
-        kind = "server_error" if status >= 500 else code if status == 429 else "invalid_request_error"
-        self.error = {"error": {"message": message, "type": kind, "param": param or None, "code": code or None}}
-        self.status = status
+        kind = {429: code, 500: "server_error"}.get(status, "invalid_request_error")
+        fields = {"message": message, "type": kind, "param": param or None, "code": code or None}
+        self.status, self.error = status, {"error": fields}
 
     def response(self) -> JSONResponse:
-        return JSONResponse(self.error, self.status, {"Retry-After": "1"} if self.status == 429 else None)
+        wait = {"Retry-After": "1"} if self.status == 429 else None
+        return JSONResponse(self.error, self.status, wait)
 
 
 class Message(BaseModel):
@@ -147,7 +148,8 @@ class Desk:
         """Queue a request. Raises Refused (429) where the queue is full."""
         with self.wake:
             if len(self.waiting) >= self.most:
-                raise Refused(f"{self.most} requests wait already", code="rate_limit_exceeded", status=429)
+                wait = f"{self.most} requests wait already; try again"
+                raise Refused(wait, code="rate_limit_exceeded", status=429)
             self.waiting.append(job)
             self.wake.notify()
 
@@ -166,7 +168,8 @@ class Desk:
                 for row in [*ended.values(), *self.engine.live]:
                     self.hand_out(row, row.slot in ended)
             except Exception as problem:  # whoever waits must hear of it, whatever it was
-                print(f"the engine failed: {type(problem).__name__}: {problem}", file=sys.stderr, flush=True)
+                why = f"{type(problem).__name__}: {problem}"
+                print(f"the engine failed: {why}", file=sys.stderr, flush=True)
                 self.engine.forget()
                 for job in self.active.values():
                     job.tell(Refused("the engine failed; the server's log says why", status=500))
@@ -214,7 +217,7 @@ class Desk:
 def read_prompt(chat: Chat, messages: list[Message]) -> list[int]:
     """Messages as ids, as in training. Raises Refused where the last is the assistant's own."""
     if messages[-1].role == "assistant":
-        raise Refused("the last message is the assistant's: there is nothing to reply to", "messages")
+        raise Refused("the last message is the assistant's: nothing to reply to", "messages")
     ids: list[int] = []
     for message in messages:
         if message.role == "assistant":
@@ -228,7 +231,8 @@ def read_prompt(chat: Chat, messages: list[Message]) -> list[int]:
 def read_job(body: Body, chat: Chat, name: str, capacity: int) -> Job:
     """A request to be queued. Raises Refused with what is wrong."""
     if body.model != name:
-        raise Refused(f"the model {body.model!r} does not exist; here is {name!r}", "model", "model_not_found", 404)
+        missing = f"the model {body.model!r} does not exist; here is {name!r}"
+        raise Refused(missing, "model", "model_not_found", 404)
     for key, value in (body.model_extra or {}).items():
         if key not in FIXED and key not in IDLE:
             raise Refused(f"unknown argument {key!r}", key)
@@ -260,10 +264,14 @@ async def news(job: Job, request: Request) -> AsyncIterator[News]:
 
 def choice(chat: Chat, job: Job, event: News, kind: str, content: dict) -> dict:
     """The one choice of an answer, or of a part of it; log-probabilities are at temperature 1."""
-    row, pairs = event.row, [(chat.decode([t]), logp) for t, logp in zip(event.ids, event.logps) if t != chat.end]
-    told = [{"token": text, "logprob": logp, "bytes": [*text.encode()], "top_logprobs": []} for text, logp in pairs]
+    row, told = event.row, []
+    for token, logp in zip(event.ids, event.logps):
+        text = "" if token == chat.end else chat.decode([token])
+        about = {"token": text, "logprob": logp, "bytes": [*text.encode()], "top_logprobs": []}
+        told += [about] if text else []
     reason = row and ("stop" if row.stop == "eos" or job.stream.stopped else "length")
-    content |= {"content": event.text} | ({"reasoning_content": event.thought} if event.thought else {})
+    content |= {"content": event.text}
+    content |= {"reasoning_content": event.thought} if event.thought else {}
     logprobs = {"content": told} if job.body.logprobs else None
     return {"index": 0, kind: content, "finish_reason": reason, "logprobs": logprobs}
 
@@ -291,7 +299,8 @@ def make_app(desk: Desk, chat: Chat, name: str, key: str = "") -> FastAPI:
 
     @app.get("/v1/models", dependencies=[Depends(allow)])
     def models() -> dict:
-        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "rlver"}]}
+        only = {"id": name, "object": "model", "created": 0, "owned_by": "rlver"}
+        return {"object": "list", "data": [only]}
 
     @app.post("/v1/chat/completions", dependencies=[Depends(allow)])
     async def complete(body: Body, request: Request):
@@ -302,7 +311,8 @@ def make_app(desk: Desk, chat: Chat, name: str, key: str = "") -> FastAPI:
             return StreamingResponse(parts(job, request, head), media_type="text/event-stream")
         async for event in news(job, request):
             only = choice(chat, job, event, "message", {"role": "assistant"})
-            return head | {"object": "chat.completion", "choices": [only], "usage": usage(event.row)}
+            whole = {"object": "chat.completion", "choices": [only], "usage": usage(event.row)}
+            return head | whole
         return JSONResponse({}, 499)  # to nobody
 
     async def parts(job: Job, request: Request, head: dict) -> AsyncIterator[str]:
@@ -313,7 +323,8 @@ def make_app(desk: Desk, chat: Chat, name: str, key: str = "") -> FastAPI:
                 yield f"data: {json.dumps(head | {'choices': [some]})}\n\n"
                 delta = {}
                 if event.row and (job.body.stream_options or {}).get("include_usage"):
-                    yield f"data: {json.dumps(head | {'choices': [], 'usage': usage(event.row)})}\n\n"
+                    cost = {"choices": [], "usage": usage(event.row)}
+                    yield f"data: {json.dumps(head | cost)}\n\n"
         except Refused as refused:
             yield f"data: {json.dumps(refused.error)}\n\n"
         yield "data: [DONE]\n\n"
@@ -324,9 +335,11 @@ def make_app(desk: Desk, chat: Chat, name: str, key: str = "") -> FastAPI:
 def listen(host: str, port: str) -> socket.socket:
     """A socket that listens. Raises InputError where that cannot be."""
     try:
-        return socket.create_server((host, int(port)), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, int(port)), family=family)
     except (OSError, ValueError, OverflowError) as error:
-        raise InputError(f"host={host} port={port}: cannot listen there ({error}); give others") from None
+        where = f"host={host} port={port}"
+        raise InputError(f"{where}: cannot listen there ({error}); give others") from None
 
 
 def main(argv: list[str]) -> int:
@@ -339,17 +352,20 @@ def main(argv: list[str]) -> int:
     require(own["queue"].isdecimal(), f"queue is {own['queue']!r}; give how many requests may wait")
     need = f"host={own['host']} is open to others; put a key into {KEY}, or leave host out"
     require(key or own["host"] in LOOPBACK, need)
-    config, device, door = policy.config, pick_device(policy.config), listen(own["host"], own["port"])
+    config, device = policy.config, pick_device(policy.config)
+    door = listen(own["host"], own["port"])
     world = World(device=device, dtype=compute_type(config.precision, device))
     print(use_kernels(config, policy.run, world), flush=True)
     model, tokenizer = policy.load(world)
     chat = make_chat(tokenizer, config.think)
     sampling = Sampling(banned_ids(tokenizer, model.config.vocab_size, (chat.end,)), (chat.end,))
-    desk = Desk(ServedEngine(model, sampling, config.slots, config.context_tokens), int(own["queue"]))
+    engine = ServedEngine(model, sampling, config.slots, config.context_tokens)
+    desk = Desk(engine, int(own["queue"]))
     app, (host, port, *_) = make_app(desk, chat, policy.name, key), door.getsockname()
     most = f"{config.slots} requests at once, {own['queue']} may wait"
     print(f"{policy.name} at http://{host}:{port}/v1; {most}", flush=True)
-    uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)).run([door])
+    how = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
+    uvicorn.Server(how).run([door])
     desk.close()
     return 0
 

@@ -54,9 +54,9 @@ def test_budgets_of_files_and_lines():
     # 3,700 before kernels.py, CUDA graphs, shared prompts, log-probabilities with a gradient of their own, and
     # text while it is sampled; 300 for serve.py before stop strings and log-probabilities in a stream.
     assert sum(len(lines[path]) for path in top if path.name != "serve.py") <= 4075
-    assert len(lines[ROOT / "serve.py"]) <= 365
+    assert len(lines[ROOT / "serve.py"]) <= 380
     assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("ui/page.*")) <= 300
-    for folder, most in (("users", 1210), ("judges", 450), ("ui", 400)):
+    for folder, most in (("users", 1210), ("judges", 450), ("ui", 420)):
         assert sum(len(lines[path]) for path in lines if path.parent.name == folder) <= most
     assert {path.name: len(text) for path, text in lines.items() if len(text) > 400} == {}
     long = [f"{path.name}: {line}" for path, text in lines.items() for line in text if len(line) > 100]

@@ -65,14 +65,16 @@ def command_chat(argv: list[str]) -> int:
 
 
 def find_person(config, name: str, anybody: bool) -> Profile:
-    """The person of the benchmark's profiles with this id; else the seed's, or nobody in particular."""
+    """The person of the benchmark with this id; else the seed's, or nobody in particular."""
     if anybody and not name:
         return Profile("you", "", "", "", "", "en", "")
     people = load_profiles(config.eval_profiles)
     known = {person.id: person for person in people}
     if name and name not in known:
         some = ", ".join(list(known)[:3])
-        raise InputError(f"{config.eval_profiles}: has nobody called {name!r}; give person=ID, such as {some}")
+        raise InputError(
+            f"{config.eval_profiles}: has nobody called {name!r}; give person=ID, such as {some}"
+        )
     return known[name] if name else people[config.seed % len(people)]
 
 
@@ -105,8 +107,13 @@ class Speaker:
     """A policy that talks with one person, keys and values kept from turn to turn."""
 
     def __init__(self, config, model, tokenizer, language: str):
-        self.chat, self.system = make_chat(tokenizer, config.think), make_talk(config, False).systems[language]
-        self.engine = make_engine(replace(config, temperature=config.eval_temperature), model, self.chat, 1)
+        self.chat, self.system = (
+            make_chat(tokenizer, config.think),
+            make_talk(config, False).systems[language],
+        )
+        self.engine = make_engine(
+            replace(config, temperature=config.eval_temperature), model, self.chat, 1
+        )
         self.cap, self.seed, self.turns = config.reply_tokens, config.eval_seed, []
 
     def reply(self, said: str, show) -> Turn:
@@ -115,28 +122,51 @@ class Speaker:
         Raises InputError where the talk has filled the context.
         """
         last = self.turns[-1] if self.turns else None
-        prompt = next_prompt(self.chat, last, said) if last else self.chat.opening(self.system, said)
-        require(len(prompt) < self.engine.capacity, "the talk has filled context_tokens; give more of them")
+        prompt = (
+            next_prompt(self.chat, last, said) if last else self.chat.opening(self.system, said)
+        )
+        require(
+            len(prompt) < self.engine.capacity,
+            "the talk has filled context_tokens; give more of them",
+        )
         self.engine.submit(0, prompt, (self.seed, len(self.turns)), self.cap)
         stream, ended = Stream(self.chat), []
         while not ended:
             ended = self.engine.step()
-            ids = ended[0].sampled if ended else self.engine.ids[self.engine.sampled(self.engine.live[0])].tolist()
+            ids = (
+                ended[0].sampled
+                if ended
+                else self.engine.ids[self.engine.sampled(self.engine.live[0])].tolist()
+            )
             show(*stream.more(ids, bool(ended)))
         row = ended[0]
-        self.turns.append(Turn(row.prompt, row.sampled, row.logps, row.values, self.chat.read(row.sampled), row.stop))
+        self.turns.append(
+            Turn(
+                row.prompt,
+                row.sampled,
+                row.logps,
+                row.values,
+                self.chat.read(row.sampled),
+                row.stop,
+            )
+        )
         return self.turns[-1]
 
 
 def speak(config, policy, dialogue: Dialogue, rate: bool) -> None:
     """You are the user. With `rate` you say after each reply what it did to you."""
     device = pick_device(config)
-    model, tokenizer = policy.load(World(device=device, dtype=compute_type(config.precision, device)))
+    model, tokenizer = policy.load(
+        World(device=device, dtype=compute_type(config.precision, device))
+    )
     person, rules = dialogue.profile, EmotionRules(start=config.eval_start_emotion)
     speaker, emotion = Speaker(config, model, tokenizer, person.language), rules.start
     print(f"{policy.name}; {HINT}.")
     if person.persona:
-        print(f"You are {person.id}, who hopes for: {person.intention_label}\n\n{person.persona}\n\n{person.scene}\n")
+        print(
+            f"You are {person.id}, who hopes for: {person.intention_label}\n\n"
+            f"{person.persona}\n\n{person.scene}\n"
+        )
         print(f"They began: {person.first_talk}\n" if person.first_talk else "")
     while True:
         said = ask("you> ")
@@ -147,7 +177,9 @@ def speak(config, policy, dialogue: Dialogue, rate: bool) -> None:
         else:
             dialogue.turns[-1].user = UserTurn(said, emotion)
         print("policy> ", end="", flush=True)
-        turn = speaker.reply(said, lambda thought, text: print(plain(thought + text), end="", flush=True))
+        turn = speaker.reply(
+            said, lambda thought, text: print(plain(thought + text), end="", flush=True)
+        )
         print("" if turn.stop == "eos" else " [cut]")
         dialogue.turns.append(turn)
         if rate:
@@ -171,11 +203,14 @@ def answer(user) -> UserTurn:
 
 
 def support(config, dialogue: Dialogue, rated: list | None) -> None:
-    """You are the supporter of a simulated person; your own ratings go into `rated` if it is a list."""
+    """You are a simulated person's supporter; your ratings go into `rated` if it is a list."""
     user, key = make_user(config, config.eval_start_emotion, config.eval_user_mode), dialogue.key
     user.start(key, dialogue.profile, dialogue.seed)
     dialogue.opening = heard = answer(user)
-    print(f"{plain(dialogue.profile.persona)}\n\nEmotion {heard.emotion:g}; {HINT}.\n\nperson> {plain(heard.text)}")
+    print(
+        f"{plain(dialogue.profile.persona)}\n\nEmotion {heard.emotion:g}; {HINT}.\n\n"
+        f"person> {plain(heard.text)}"
+    )
     while True:
         said = ask("you> ")
         if rated is not None:
@@ -188,4 +223,7 @@ def support(config, dialogue: Dialogue, rated: list | None) -> None:
         print(f"  {plain(felt.activity)}\n  {plain(felt.analyse)}\nperson> {plain(heard.text)}")
         if heard.ended or len(dialogue.turns) == config.eval_max_turns:
             dialogue.ended = heard.ended or "max_turns"
-            return print(f"The talk is over ({dialogue.ended}). They hoped for: {dialogue.profile.intention_label}.")
+            return print(
+                f"The talk is over ({dialogue.ended}). "
+                f"They hoped for: {dialogue.profile.intention_label}."
+            )
