@@ -72,8 +72,9 @@ def page(logs: list[Log], metrics: list[list[dict]]) -> str:
     people, talks = [by_profile(rows) for _, rows, _ in logs], paired(logs)
     shared = len(logs) == 2 and people[0].keys() & people[1].keys()
     script = (HERE / "page.js").read_text(encoding="utf-8")
-    made = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True,
-                              lstrip_blocks=True, undefined=jinja2.StrictUndefined)  # fmt: skip
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True,
+        lstrip_blocks=True, undefined=jinja2.StrictUndefined)  # fmt: skip
     return made.get_template("page.html").render(
         logs=logs, colours=COLOURS, talks=talks, shared=len(shared or ()),
         figures=[without_nan(summary(rows)) for _, rows, _ in logs],
@@ -81,7 +82,8 @@ def page(logs: list[Log], metrics: list[list[dict]]) -> str:
         gain=paired_bootstrap(*people) if shared else None,
         by_turn=svg(draw_turns, logs), by_group=svg(draw_groups, logs),
         curves=svg(draw_curves, metrics) if metrics else "",
-        script=Markup(script), digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        script=Markup(script),
+        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         intentions=sorted({talk["intention"] for talk in talks} - {""}),
         outcomes=sorted({side["ended"] for talk in talks for side in talk["sides"] if side}))  # fmt: skip
 
@@ -94,7 +96,8 @@ def paired(logs: list[Log]) -> list[dict]:
         for row in rows:
             count[row["id"]] += 1
             new = {"row": row, "intention": label(row, "task"), "type": label(row, "character")}
-            talk = talks.setdefault((row["id"], count[row["id"]]), new | {"sides": [None] * len(logs)})
+            new["sides"] = [None] * len(logs)
+            talk = talks.setdefault((row["id"], count[row["id"]]), new)
             talk["sides"][n] = side(row)
     for talk in talks.values():
         ends = [side and side["final"] for side in talk["sides"]]
@@ -120,7 +123,8 @@ def side(row: dict) -> dict:
         m = {"thought": "", "violation": "", "thinking": "", "stop": "eos", "planning": None} | m
         if m["planning"]:  # numbers as numbers, so that nothing else can stand where one is shown
             told = {name: float(x) for name, x in m["planning"].get("features", {}).items() if x}
-            m["planning"] = m["planning"] | {"change": float(m["planning"]["change"]), "features": told}
+            change = float(m["planning"]["change"])
+            m["planning"] = m["planning"] | {"change": change, "features": told}
         history.append(m)
     points = " ".join(f"{8 * n},{24 - 0.24 * x:.1f}" for n, x in enumerate(emotions(row)))
     return {"final": final, "ended": row.get("ended") or guess, "why": row.get("why", ""),
