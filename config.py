@@ -100,7 +100,8 @@ class Config:
     credit: str = option("final", "final (reward on the last token) or turn (each change "
                          "of emotion on its turn)", ("final", "turn"))
     learn_from: int = option(0, "dialogues trained on, a group's most varied (PODS); 0: all", low=0)
-    gamma: float = option(1.0, "discount per turn (credit=turn); credit=final: PPO's, per token", low=0, high=1)
+    gamma: float = option(
+        1.0, "discount per turn (credit=turn); credit=final: PPO's, per token", low=0, high=1)
     lam: float = option(1.0, "GAE's lambda per trained token; credit=turn: per turn", low=0, high=1)
     scale_advantage: bool = option(True, "grpo: divide by group spread; ppo: whiten advantages")
     minibatches: int = option(1, "optimiser steps an iteration; 1: strictly on-policy", low=1)

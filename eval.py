@@ -278,7 +278,7 @@ def command_compare(argv: list[str]) -> int:
 
 COMMANDS = {"run": command_run, "export": command_export, "score": command_score,
             "verify": command_verify, "compare": command_compare, "gauge": command_gauge,
-            "chat": command_chat, "page": command_page}  # fmt: skip
+            "chat": command_chat, "page": command_page, "report": command_page}  # fmt: skip
 
 
 def main(argv: list[str]) -> int:

@@ -2,10 +2,10 @@
 
     python serve.py MODEL_OR_RUN [port=8000] [host=127.0.0.1] [queue=256] [key=value ...]
 
-The engine runs in a thread of its own and holds `slots` requests at a time; the others wait in a
-queue, and with that full the answer is 429. A client that goes away frees its slot at once. With
-RLVER_SERVE_KEY in the environment every request has to bring that key; without it only this machine
-is served. What would be done otherwise than asked (tools, top_p, several choices) is refused.
+The engine holds `slots` requests at a time (ui/desk.py); the others wait in a queue, and with that
+full the answer is 429. A client that goes away frees its slot at once. With RLVER_SERVE_KEY in the
+environment every request has to bring that key; without it only this machine is served. What would
+be done otherwise than asked (tools, top_p, several choices) is refused.
 """
 
 import asyncio
@@ -13,16 +13,14 @@ import contextlib
 import hmac
 import json
 import os
+import signal
 import socket
 import sys
 import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 
-import torch
 import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -32,10 +30,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from chat import Chat, Stream, banned_ids, make_chat
 from config import InputError, help_text, require
 from dist import World, compute_type, pick_device
-from engine import LIVE, Engine, Row, Sampling, block_sums, common, inverse_cdf
+from engine import Row, Sampling
 from rundir import find_policy, use_kernels
+from ui.desk import Desk, Job, News, Refused, ServedEngine
 
 KEY, LOOPBACK = "RLVER_SERVE_KEY", ("127.0.0.1", "localhost", "::1")
+EVENTS = "text/event-stream"
 OWN = {"host": "127.0.0.1", "port": "8000", "queue": "256"}  # options beside config.py's
 # Arguments of the API without effect here, and those that are served at one value alone.
 IDLE = "user metadata store service_tier safety_identifier prompt_cache_key".split()
@@ -43,18 +43,17 @@ FIXED = {"n": 1, "top_p": 1, "frequency_penalty": 0, "presence_penalty": 0, "top
          "logit_bias": {}, "tools": [], "response_format": {"type": "text"}}  # fmt: skip
 
 
-class Refused(Exception):
-    """An answer that is one of the API's error objects."""
+def error(refused: Refused) -> dict:
+    """The API's error object."""
+    kinds = {429: refused.code, 500: "server_error", 503: "server_error"}
+    kind = kinds.get(refused.status, "invalid_request_error")
+    param, code = refused.param or None, refused.code or None
+    return {"error": {"message": str(refused), "type": kind, "param": param, "code": code}}
 
-    def __init__(self, message: str, param: str = "", code: str = "", status: int = 400):
-        super().__init__(message)
-        kind = {429: code, 500: "server_error"}.get(status, "invalid_request_error")
-        fields = {"message": message, "type": kind, "param": param or None, "code": code or None}
-        self.status, self.error = status, {"error": fields}
 
-    def response(self) -> JSONResponse:
-        wait = {"Retry-After": "1"} if self.status == 429 else None
-        return JSONResponse(self.error, self.status, wait)
+def respond(request: Request, refused: Refused) -> JSONResponse:
+    wait = {"Retry-After": "1"} if refused.status == 429 else None
+    return JSONResponse(error(refused), refused.status, wait)
 
 
 class Message(BaseModel):
@@ -84,134 +83,6 @@ class Body(BaseModel):
     stream: bool | None = False
     stream_options: dict | None = None
     logprobs: bool | None = False
-
-
-class ServedEngine(Engine):
-    """An engine with a temperature a slot; log-probabilities are those of temperature 1."""
-
-    def __init__(self, model, sampling: Sampling, slots: int, capacity: int):
-        super().__init__(model, sampling, slots, capacity)
-        self.heat = torch.ones_like(self.position, dtype=torch.float32)
-
-    def choose(self, odds, sums, slot_B, position_B):
-        heat = self.heat[slot_B]
-        warm = odds.pow(1 / heat[:, None])
-        sampled = inverse_cdf(warm, block_sums(warm), self.noise[slot_B, position_B])
-        return torch.where(heat == 0, odds.argmax(-1), sampled)
-
-    def drop(self, slot: int) -> None:
-        """Forget the row of a slot; the keys and values of its prompt stay of use."""
-        self.waiting = [row for row in self.waiting if row.slot != slot]
-        self.live, self.context = [row for row in self.live if row.slot != slot], None
-
-
-@dataclass
-class News:
-    """What a request has got since the last one; `row` comes with the last."""
-
-    thought: str
-    text: str
-    ids: list[int]
-    logps: list[float]
-    row: Row | None
-
-
-@dataclass
-class Job:
-    """A request between its handler and the engine's thread."""
-
-    body: Body
-    prompt: list[int]
-    cap: int
-    stream: Stream
-    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
-    events: asyncio.Queue[News | Refused] = field(default_factory=asyncio.Queue)
-    given: int = 0  # ids handed out
-    gone: bool = False
-
-    def tell(self, event: News | Refused) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
-
-
-class Desk:
-    """The queue, the slots, and the thread that steps the engine."""
-
-    def __init__(self, engine: ServedEngine, most: int):
-        self.engine, self.most, self.waiting = engine, most, deque()
-        self.active: dict[int, Job] = {}  # by slot
-        self.wake, self.closed = threading.Condition(), False
-        self.thread = threading.Thread(target=self.run, daemon=True)
-        self.thread.start()
-
-    def submit(self, job: Job) -> None:
-        """Queue a request. Raises Refused (429) where the queue is full."""
-        with self.wake:
-            if len(self.waiting) >= self.most:
-                wait = f"{self.most} requests wait already; try again"
-                raise Refused(wait, code="rate_limit_exceeded", status=429)
-            self.waiting.append(job)
-            self.wake.notify()
-
-    def close(self) -> None:
-        with self.wake:
-            self.closed = True
-            self.wake.notify()
-        self.thread.join()
-
-    def run(self) -> None:
-        while self.admit():
-            if not self.engine.busy:
-                continue  # all who waited are gone
-            try:
-                ended = {row.slot: row for row in self.engine.step()}
-                for row in [*ended.values(), *self.engine.live]:
-                    self.hand_out(row, row.slot in ended)
-            except Exception as problem:  # whoever waits must hear of it, whatever it was
-                why = f"{type(problem).__name__}: {problem}"
-                print(f"the engine failed: {why}", file=sys.stderr, flush=True)
-                self.engine.forget()
-                for job in self.active.values():
-                    job.tell(Refused("the engine failed; the server's log says why", status=500))
-                self.active.clear()
-
-    def admit(self) -> bool:
-        """Fill free slots, or wait for something to do; False when the server closes."""
-        with self.wake:
-            for slot in [slot for slot, job in self.active.items() if job.gone]:
-                self.engine.drop(slot)
-                del self.active[slot]
-            self.wake.wait_for(lambda: self.closed or self.active or self.waiting)
-            free = [slot for slot in range(len(self.engine.held)) if slot not in self.active]
-            while free and self.waiting:
-                if (job := self.waiting.popleft()).gone:
-                    continue
-                # The slot that holds most of the prompt, such as the talk so far.
-                slot = max(free, key=lambda slot: common(self.engine.held[slot], job.prompt, 0))
-                free.remove(slot)
-                asked, self.active[slot] = job.body, job
-                self.engine.heat[slot] = 1.0 if asked.temperature is None else asked.temperature
-                seed = uuid.uuid4().int if asked.seed is None else asked.seed
-                self.engine.submit(slot, job.prompt, (seed,), job.cap)
-            return not self.closed
-
-    def hand_out(self, row: Row, ended: bool) -> None:
-        """Give a request what its row has got; the row ends here where a stop string has come."""
-        job, where = self.active[row.slot], self.engine.sampled(row)
-        if not (ended or job.body.stream or job.stream.stops):
-            return  # nobody looks before the end
-        ids, logps = (x[where].tolist() for x in (self.engine.ids, self.engine.logp))
-        new = job.stream.more(ids, ended)
-        if job.stream.stopped and not ended:
-            self.engine.finish(row, LIVE)
-            self.engine.drop(row.slot)
-        if last := ended or job.stream.stopped:
-            del self.active[row.slot]
-        if not job.body.stream:
-            new = (job.stream.thought, job.stream.text) if last else ("", "")
-        if last or any(new):
-            job.tell(News(*new, ids[job.given :], logps[job.given :], row if last else None))
-            job.given = len(ids)
 
 
 def read_prompt(chat: Chat, messages: list[Message]) -> list[int]:
@@ -244,7 +115,9 @@ def read_job(body: Body, chat: Chat, name: str, capacity: int) -> Job:
         raise Refused(long, "messages", "context_length_exceeded")
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     cap = body.max_completion_tokens or body.max_tokens or room
-    return Job(body, prompt, cap, Stream(chat, tuple(filter(None, stops))))
+    heat = 1.0 if body.temperature is None else body.temperature
+    stream = Stream(chat, tuple(filter(None, stops)))
+    return Job(prompt, cap, heat, body.seed, bool(body.stream), stream)
 
 
 async def news(job: Job, request: Request) -> AsyncIterator[News]:
@@ -252,7 +125,7 @@ async def news(job: Job, request: Request) -> AsyncIterator[News]:
     try:
         while not await request.is_disconnected():
             with contextlib.suppress(TimeoutError):
-                event = await asyncio.wait_for(job.events.get(), 0.25)
+                event = await asyncio.wait_for(job.events.get(), 2.0)
                 if isinstance(event, Refused):
                     raise event
                 yield event
@@ -262,7 +135,7 @@ async def news(job: Job, request: Request) -> AsyncIterator[News]:
         job.gone = True
 
 
-def choice(chat: Chat, job: Job, event: News, kind: str, content: dict) -> dict:
+def choice(chat: Chat, body: Body, job: Job, event: News, content: dict) -> dict:
     """The one choice of an answer, or of a part of it; log-probabilities are at temperature 1."""
     row, told = event.row, []
     for token, logp in zip(event.ids, event.logps):
@@ -272,7 +145,8 @@ def choice(chat: Chat, job: Job, event: News, kind: str, content: dict) -> dict:
     reason = row and ("stop" if row.stop == "eos" or job.stream.stopped else "length")
     content |= {"content": event.text}
     content |= {"reasoning_content": event.thought} if event.thought else {}
-    logprobs = {"content": told} if job.body.logprobs else None
+    logprobs = {"content": told} if body.logprobs else None
+    kind = "delta" if body.stream else "message"
     return {"index": 0, kind: content, "finish_reason": reason, "logprobs": logprobs}
 
 
@@ -284,13 +158,13 @@ def usage(row: Row) -> dict:
 def make_app(desk: Desk, chat: Chat, name: str, key: str = "") -> FastAPI:
     """The endpoint; with a `key` nobody else is answered."""
     app = FastAPI(title="rlver", docs_url=None, redoc_url=None)
-    app.add_exception_handler(Refused, lambda request, error: error.response())
+    app.add_exception_handler(Refused, respond)
 
     @app.exception_handler(RequestValidationError)
-    def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
+    def malformed(request: Request, wrong: RequestValidationError) -> JSONResponse:
+        first = wrong.errors()[0]
         where = ".".join(map(str, first["loc"][1:]))
-        return Refused(f"{where}: {first['msg']}", where).response()
+        return respond(request, Refused(f"{where}: {first['msg']}", where))
 
     def allow(request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
@@ -308,25 +182,25 @@ def make_app(desk: Desk, chat: Chat, name: str, key: str = "") -> FastAPI:
         desk.submit(job)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         if body.stream:
-            return StreamingResponse(parts(job, request, head), media_type="text/event-stream")
+            return StreamingResponse(parts(body, job, request, head), media_type=EVENTS)
         async for event in news(job, request):
-            only = choice(chat, job, event, "message", {"role": "assistant"})
+            only = choice(chat, body, job, event, {"role": "assistant"})
             whole = {"object": "chat.completion", "choices": [only], "usage": usage(event.row)}
             return head | whole
         return JSONResponse({}, 499)  # to nobody
 
-    async def parts(job: Job, request: Request, head: dict) -> AsyncIterator[str]:
+    async def parts(body: Body, job: Job, request: Request, head: dict) -> AsyncIterator[str]:
         head, delta = head | {"object": "chat.completion.chunk"}, {"role": "assistant"}
         try:
             async for event in news(job, request):
-                some = choice(chat, job, event, "delta", delta)
+                some = choice(chat, body, job, event, delta)
                 yield f"data: {json.dumps(head | {'choices': [some]})}\n\n"
                 delta = {}
-                if event.row and (job.body.stream_options or {}).get("include_usage"):
+                if event.row and (body.stream_options or {}).get("include_usage"):
                     cost = {"choices": [], "usage": usage(event.row)}
                     yield f"data: {json.dumps(head | cost)}\n\n"
         except Refused as refused:
-            yield f"data: {json.dumps(refused.error)}\n\n"
+            yield f"data: {json.dumps(error(refused))}\n\n"
         yield "data: [DONE]\n\n"
 
     return app
@@ -364,9 +238,15 @@ def main(argv: list[str]) -> int:
     app, (host, port, *_) = make_app(desk, chat, policy.name, key), door.getsockname()
     most = f"{config.slots} requests at once, {own['queue']} may wait"
     print(f"{policy.name} at http://{host}:{port}/v1; {most}", flush=True)
-    how = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
-    uvicorn.Server(how).run([door])
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+    http = threading.Thread(target=server.run, args=([door],))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
+    http.start()
+    with contextlib.suppress(KeyboardInterrupt):
+        desk.run()
     desk.close()
+    server.should_exit = True
+    http.join()
     return 0
 
 

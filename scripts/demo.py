@@ -97,10 +97,11 @@ expect     about twenty minutes on two CPU cores""")
     run("eval.py", "compare", f"{start}/dialogues.jsonl", f"{before}/dialogues.jsonl")
     run("eval.py", "compare", f"{before}/dialogues.jsonl", f"{after}/dialogues.jsonl")
     print("\n" + comparison(*(ROOT / folder for folder in (start, before, after))))
+    run("eval.py", "page", config.run, "-o", f"{config.run}/page.html")
     minutes = (time.time() - begun) / 60
     print(
-        f"\n{minutes:.1f} minutes. Read the dialogues: {before}/dialogues.jsonl, {after}/dialogues.jsonl. "
-        f"Curves: tensorboard --logdir {config.run}/tb"
+        f"\n{minutes:.1f} minutes. Read the dialogues, before and after, with the curves, in a browser: "
+        f"{config.run}/page.html\nTalk with it: python eval.py chat {config.run}"
     )
 
 

@@ -551,7 +551,8 @@ def test_run_wants_a_model(arguments, words):
 
 
 def test_the_commands_that_there_are():
-    assert list(evaluation.COMMANDS) == ["run", "export", "score", "verify", "compare", "gauge", "chat", "page"]
+    assert list(evaluation.COMMANDS) == [
+        "run", "export", "score", "verify", "compare", "gauge", "chat", "page", "report"]  # fmt: skip
 
 
 if __name__ == "__main__":

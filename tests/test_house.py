@@ -17,7 +17,7 @@ for folder in ("users", "judges", "ui"):
 # The order in which the files can be read; each imports from those before it alone.
 ORDER = """config simulator kernels model chat dist checkpoint engine users.clients users.llm_user
 users.fluency users.offline users judges judges.shadow judges.gauge rollout score ppo grpo
-update rundir ui.page ui.chat eval train serve""".split()
+update rundir ui.page ui.chat ui.desk eval train serve""".split()
 
 
 def imports(path: Path) -> set[str]:
@@ -52,11 +52,11 @@ def test_budgets_of_files_and_lines():
     top = [path for path in lines if path.parent == ROOT]
     assert len(top) <= 17
     # 3,700 before kernels.py, CUDA graphs, shared prompts, log-probabilities with a gradient of their own, and
-    # text while it is sampled; 300 for serve.py before stop strings and log-probabilities in a stream.
+    # text while it is sampled.
     assert sum(len(lines[path]) for path in top if path.name != "serve.py") <= 4075
-    assert len(lines[ROOT / "serve.py"]) <= 380
+    assert len(lines[ROOT / "serve.py"]) <= 300
     assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("ui/page.*")) <= 300
-    for folder, most in (("users", 1210), ("judges", 450), ("ui", 420)):
+    for folder, most in (("users", 1210), ("judges", 450), ("ui", 600)):
         assert sum(len(lines[path]) for path in lines if path.parent.name == folder) <= most
     assert {path.name: len(text) for path, text in lines.items() if len(text) > 400} == {}
     long = [f"{path.name}: {line}" for path, text in lines.items() for line in text if len(line) > 100]
