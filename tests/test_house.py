@@ -91,7 +91,8 @@ IDENTIFIERS = set(re.findall(r"\w+", " ".join(
 )))  # fmt: skip
 OPTIONS = set(Config.__dataclass_fields__)
 # eval.py's own, a shell's, Python's in prose
-OTHER_KEYS = {"out", "logs", "script", "rounds", "export", "nodes", "ntasks", "config"}
+OTHER_KEYS = {"out", "logs", "script", "rounds", "export", "nodes", "ntasks", "config", "person", "log"}
+OTHER_KEYS |= {"host", "port", "queue", "clients", "seconds", "tokens", "base_url", "num_concurrent"}  # around serve.py
 
 
 def prose(path: Path) -> str:
