@@ -282,7 +282,7 @@ COMMANDS = {"run": command_run, "export": command_export, "score": command_score
 
 
 def main(argv: list[str]) -> int:
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or {"-h", "--help"} & set(argv):
         usage = "python eval.py run MODEL_OR_RUN [config.py] key=value ..."
         print(f"{__doc__.strip()}\n\n{help_text(usage)}")
         return 0

@@ -3,7 +3,7 @@
     python serve.py MODEL_OR_RUN [port=8000] [host=127.0.0.1] [queue=256] [key=value ...]
 
 The engine holds `slots` requests at a time (ui/desk.py); the others wait in a queue, and with that
-full the answer is 429. A client that goes away frees its slot at once. With RLVER_SERVE_KEY in the
+full the answer is 429. A client that goes away frees its slot. With RLVER_SERVE_KEY in the
 environment every request has to bring that key; without it only this machine is served. What would
 be done otherwise than asked (tools, top_p, several choices) is refused.
 """
@@ -125,7 +125,7 @@ async def news(job: Job, request: Request) -> AsyncIterator[News]:
     try:
         while not await request.is_disconnected():
             with contextlib.suppress(TimeoutError):
-                event = await asyncio.wait_for(job.events.get(), 2.0)
+                event = await asyncio.wait_for(job.events.get(), 0.5)
                 if isinstance(event, Refused):
                     raise event
                 yield event
@@ -235,9 +235,9 @@ def main(argv: list[str]) -> int:
     sampling = Sampling(banned_ids(tokenizer, model.config.vocab_size, (chat.end,)), (chat.end,))
     engine = ServedEngine(model, sampling, config.slots, config.context_tokens)
     desk = Desk(engine, int(own["queue"]))
-    app, (host, port, *_) = make_app(desk, chat, policy.name, key), door.getsockname()
+    app, (host, port, *_) = make_app(desk, chat, argv[0], key), door.getsockname()
     most = f"{config.slots} requests at once, {own['queue']} may wait"
-    print(f"{policy.name} at http://{host}:{port}/v1; {most}", flush=True)
+    print(f"{argv[0]} at http://{host}:{port}/v1; {most}", flush=True)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
     http = threading.Thread(target=server.run, args=([door],))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C

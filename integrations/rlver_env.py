@@ -5,10 +5,11 @@
 A task is a person; a rollout is a dialogue with them, opened by the person; the reward is the final
 emotion / 100, as in `train.py`. Each trace's `info["dialogue"]` is a line of our logs, which
 `eval.py verify` recomputes. Which people, which user and how long: `--env.taskset.options`, words
-like `train.py` takes. The offline user needs nothing; any other works as well.
+like `train.py` takes. Any user of `train.py` will do; the offline one needs nothing.
 """
 
 import asyncio
+import itertools
 import uuid
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from verifiers.v1.dialects.chat import message_to_wire
 from chat import Reply
 from config import Config, load_config
 from rollout import Dialogue, Turn, log_line, make_talk
-from simulator import Failed, UserTurn, load_profiles
+from simulator import Failed, Key, UserTurn, load_profiles
 from users import make_user
 
 __all__ = ["People", "SentientEnv", "OneReply"]
@@ -62,16 +63,18 @@ class SentientConfig(vf.EnvConfig):
 class SentientEnv(vf.Env[SentientConfig]):
     """One policy that talks with one person."""
 
-    async def setup(self, agents) -> None:
-        self.options = self.config.taskset.read()
-        self.people = {person.id: person for person in load_profiles(ROOT / self.options.profiles)}
+    def __init__(self, config: SentientConfig):
+        super().__init__(config)
+        self.options = o = config.taskset.read()
+        self.people = {person.id: person for person in load_profiles(ROOT / o.profiles)}
+        self.user, self.count = make_user(o, o.start_emotion, o.user_mode), itertools.count()
+        self.answers, self.asking = {}, asyncio.Lock()  # one user for all rollouts, told apart by key
 
     async def run(self, task: Person, agents) -> None:
         person, seed = self.people[task.data.person], uuid.uuid4().int >> 65
-        user = make_user(self.options, self.options.start_emotion, self.options.user_mode)
-        dialogue = Dialogue((0, 0), person, seed)
-        user.start(dialogue.key, person, seed)
-        dialogue.opening = heard = await answer(user)
+        dialogue = Dialogue((next(self.count), 0), person, seed)
+        self.user.start(dialogue.key, person, seed)
+        dialogue.opening = heard = await self.answer(dialogue.key)
         async with agents.policy.interaction(task) as talk:
             while not dialogue.ended:
                 said = await talk.turn(heard.text)
@@ -79,21 +82,25 @@ class SentientEnv(vf.Env[SentientConfig]):
                     dialogue.ended = "context_full"
                     break
                 dialogue.turns.append(Turn([], [], [], [], Reply([], said.last_reply), "eos"))
-                user.tell(dialogue.key, said.last_reply)
-                dialogue.turns[-1].user = heard = await answer(user)
+                self.user.tell(dialogue.key, said.last_reply)
+                dialogue.turns[-1].user = heard = await self.answer(dialogue.key)
                 last = len(dialogue.turns) == self.options.max_turns
                 dialogue.ended = heard.ended or ("max_turns" if last else "")
             talk.trace.info["dialogue"] = log_line(dialogue)
 
+    async def answer(self, key: Key) -> UserTurn:
+        """What a person says next. Raises vf.TaskError where they cannot: that rollout counts nowhere.
 
-async def answer(user) -> UserTurn:
-    """What a person says next. Raises vf.TaskError where they cannot: that rollout counts nowhere."""
-    while not (found := await asyncio.to_thread(user.poll, 1.0)):
-        pass
-    ((_, turn),) = found
-    if isinstance(turn, Failed):
-        raise vf.TaskError(f"the user failed: {turn.why}")
-    return turn
+        Whoever polls takes the answers of all; the others wait, and find theirs.
+        """
+        while key not in self.answers:
+            async with self.asking:
+                if key not in self.answers:
+                    self.answers |= dict(await asyncio.to_thread(self.user.poll, 1.0))
+        turn = self.answers.pop(key)
+        if isinstance(turn, Failed):
+            raise vf.TaskError(f"the user failed: {turn.why}")
+        return turn
 
 
 class OneReply(vf.Harness[vf.HarnessConfig]):

@@ -233,12 +233,12 @@ def good_talks(user: User, people: dict[str, Profile]) -> dict:
 def read_sage(paths: list[str]) -> tuple[list[Item], np.ndarray, np.ndarray]:
     """(every scored reply, where it stood, the real user's change [N], the log's name [N]) of SAGE's logs.
 
-    In a talk of `eval.py chat --rate` the real user is who rated.
+    In a talk of `eval.py chat --rate` the real user is who rated; unrated ones are left out.
     """
     items, real, model = [], [], []
     for path in paths:
         for where, row in read_rows(Path(path)):
-            if row.get("status", "ok") != "ok":
+            if row.get("status", "ok") != "ok" or row.get("rated") is False:
                 continue
             keys = {key: row[key] for key in ("id", "player", "scene", "task")}
             person = parse_profile(keys | {"main_cha": row["character"]}, where)
@@ -311,7 +311,7 @@ def text(table: dict) -> str:
         lines.append(f"the best script said to everybody ends at {script['final']:.1f}:")
         lines += [f"  {reply}" for reply in script["script"]]
     if s := table.get("sage"):
-        lines += [f"{s['n']} replies in SAGE's logs: rank correlation {s['spearman']:+.2f}, "
+        lines += [f"{s['n']} replies in the logs: rank correlation {s['spearman']:+.2f}, "
                   f"given the emotion {s['given_emotion']:+.2f}, first replies {s['first']:+.2f}",
                   f"  pairs {s['pairs']:.2f} of {s['pair_count']}, mean {s['mean']:+.1f} "
                   f"(real {s['real_mean']:+.1f}), ranking of models {s['ranking']:+.2f}"]

@@ -1,6 +1,7 @@
 """The endpoint: OpenAI's client gets what transformers says, and many at once get what each would get alone."""
 
 import asyncio
+import importlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import openai
 import pytest
@@ -26,7 +28,7 @@ from checkpoint import load_model
 from config import Config
 from engine import Sampling
 from score import mismatches
-from simulator import EmotionRules
+from simulator import Appraisal, EmotionRules, Failed, UserTurn
 from ui.desk import Desk, News, ServedEngine
 from users.clients import Call, Endpoint
 
@@ -371,3 +373,71 @@ def test_the_verifiers_runner_rolls_out_with_our_people_and_the_reward_is_what_v
         assert said == [m["content"] for m in row["history"] if m["role"] == "assistant"]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert evaluation.main(["verify", str(tmp_path / "log.jsonl")]) == 0
+
+
+class Sour:
+    """A user of many dialogues that are answered late and out of order: takes two replies badly, then leaves; where its
+    number is odd it fails at the second."""
+
+    def __init__(self, *args):
+        self.count, self.ready = {}, []
+
+    def start(self, key, profile, seed):
+        self.count[key] = 0
+        self.ready.append((key, UserTurn(f"Hello {key[0]}.", 15.0)))
+
+    def tell(self, key, reply):
+        self.count[key] += 1
+        n = self.count[key]
+        assert reply == f"reply to {'No 1' if n == 2 else 'Hello'} {key[0]}."
+        now, felt = 15.0 - 4 * n, Appraisal("a", "b", "c", "d", -4.0)
+        turn = UserTurn(f"No {n} {key[0]}.", now, felt, -4.0, "left" if now < 10 else None)
+        self.ready.append((key, Failed("gone") if key[0] % 2 and n == 2 else turn))
+
+    def poll(self, timeout):
+        time.sleep(0.01)
+        ready, self.ready = self.ready[::-1], []
+        return ready
+
+
+class Talk:
+    """An interaction of the verifiers library, as far as our environment uses one."""
+
+    def __init__(self):
+        self.trace, self.heard = SimpleNamespace(info={}), []
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *error):
+        pass
+
+    async def turn(self, text):
+        self.heard.append(text)
+        return SimpleNamespace(terminated=False, last_reply=f"reply to {text}")
+
+
+def test_a_person_who_has_left_is_not_talked_to_any_more_and_one_who_fails_counts_nowhere(monkeypatch):
+    """Six rollouts at once with one user: each hears its own person's answers."""
+    vf = pytest.importorskip("verifiers.v1")
+    monkeypatch.syspath_prepend(str(ROOT / "integrations"))
+    rlver_env = importlib.import_module("rlver_env")
+    monkeypatch.setattr(rlver_env, "make_user", Sour)
+    people = rlver_env.PeopleConfig(id="rlver-env", options="max_turns=9 profiles=data/en_test.jsonl")
+    env = rlver_env.SentientEnv(rlver_env.SentientConfig(taskset=people))
+    task = SimpleNamespace(data=SimpleNamespace(person="en-test-praise-negative"))
+    talks = [Talk() for _ in range(6)]
+
+    async def rollouts():
+        runs = [env.run(task, SimpleNamespace(policy=SimpleNamespace(interaction=lambda task, talk=talk: talk)))
+                for talk in talks]  # fmt: skip
+        return await asyncio.wait_for(asyncio.gather(*runs, return_exceptions=True), 20)
+
+    for n, (talk, end) in enumerate(zip(talks, asyncio.run(rollouts()))):
+        assert talk.heard == [f"Hello {n}.", f"No 1 {n}."]
+        if n % 2:
+            assert isinstance(end, vf.TaskError) and "gone" in str(end) and not talk.trace.info
+        else:
+            row = talk.trace.info["dialogue"]
+            assert end is None and row["ended"] == "left" and mismatches(row, "here") == []
+            assert asyncio.run(rlver_env.Person.emotion(None, talk.trace)) == pytest.approx(0.07)

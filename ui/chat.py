@@ -55,7 +55,7 @@ def command_chat(argv: list[str]) -> int:
     dialogue.ended = dialogue.ended or "goodbye"
     if not supporter and not rate:
         dialogue.ended, dialogue.why = EXCLUDED, "nobody said how it felt; --rate asks"
-    row = log_line(dialogue)
+    row = log_line(dialogue, rated=rate)
     for message, change in zip([m for m in row["history"] if "planning" in m], rated):
         message["rated"] = change
     log.parent.mkdir(parents=True, exist_ok=True)
