@@ -129,9 +129,9 @@ class Stream:
         self.stopped = bool(found)
         text = text[: min(found)] if found else text
         if not ended and not found:
+            text, thought = text.rstrip("\ufffd"), thought if close else thought.rstrip("\ufffd")
             begun = [n for s in self.stops for n in range(1, len(s)) if text.endswith(s[:n])]
-            text = text[: len(text) - max(begun, default=0)].rstrip("\ufffd")
-            thought = thought if close else thought.rstrip("\ufffd")
+            text = text[: len(text) - max(begun, default=0)]
         before, self.thought, self.text = (self.thought, self.text), thought + close, text.strip()
         return self.thought[len(before[0]) :], self.text[len(before[1]) :]
 

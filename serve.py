@@ -22,10 +22,13 @@ import uuid
 from collections.abc import AsyncIterator
 
 import uvicorn
-from fastapi import Depends, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from chat import Chat, Stream, banned_ids, make_chat
 from config import InputError, help_text, require
@@ -35,7 +38,7 @@ from rundir import find_policy, use_kernels
 from ui.desk import Desk, Job, News, Refused, ServedEngine
 
 KEY, LOOPBACK = "RLVER_SERVE_KEY", ("127.0.0.1", "localhost", "::1")
-EVENTS = "text/event-stream"
+EVENTS, MOST = "text/event-stream", 1 << 22  # bytes of a request
 OWN = {"host": "127.0.0.1", "port": "8000", "queue": "256"}  # options beside config.py's
 # Arguments of the API without effect here, and those that are served at one value alone.
 IDLE = "user metadata store service_tier safety_identifier prompt_cache_key".split()
@@ -51,7 +54,7 @@ def error(refused: Refused) -> dict:
     return {"error": {"message": str(refused), "type": kind, "param": param, "code": code}}
 
 
-def respond(request: Request, refused: Refused) -> JSONResponse:
+def respond(request: Request | None, refused: Refused) -> JSONResponse:
     wait = {"Retry-After": "1"} if refused.status == 429 else None
     return JSONResponse(error(refused), refused.status, wait)
 
@@ -59,14 +62,20 @@ def respond(request: Request, refused: Refused) -> JSONResponse:
 class Message(BaseModel):
     """One message; a content in parts is their texts behind each other."""
 
+    model_config = ConfigDict(extra="forbid")
     role: str = Field(pattern="^(system|developer|user|assistant)$")
     content: str | list[dict]
+    name: str | None = None
+    type: str | None = None  # lm-eval sends it
 
     def text(self) -> str:
         parts = [{"text": self.content}] if isinstance(self.content, str) else self.content
         if odd := [part for part in parts if not isinstance(part.get("text"), str)]:
-            raise Refused(f"content of type {odd[0].get('type')!r} is no text", "messages")
-        return "".join(part["text"] for part in parts)
+            raise Refused(f"content of type {odd[0].get('type')!a} is no text", "messages")
+        text = "".join(part["text"] for part in parts)
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise Refused("half a surrogate pair is no text", "messages")
+        return text
 
 
 class Body(BaseModel):
@@ -95,20 +104,21 @@ def read_prompt(chat: Chat, messages: list[Message]) -> list[int]:
             said = [*chat.text(message.text().strip()), chat.end, *chat.newline]
             ids += [*chat.assistant_header, *chat.empty_block, *said]
         else:
-            ids += chat.message(message.role.replace("developer", "system"), message.text())
+            role, text = message.role.replace("developer", "system"), message.text()
+            ids += chat.message(role, text) if role == "user" or text.strip() else []
     return [*ids, *chat.assistant_header, *chat.empty_block]
 
 
 def read_job(body: Body, chat: Chat, name: str, capacity: int) -> Job:
     """A request to be queued. Raises Refused with what is wrong."""
     if body.model != name:
-        missing = f"the model {body.model!r} does not exist; here is {name!r}"
+        missing = f"the model {body.model!a} does not exist; here is {name!r}"
         raise Refused(missing, "model", "model_not_found", 404)
     for key, value in (body.model_extra or {}).items():
         if key not in FIXED and key not in IDLE:
-            raise Refused(f"unknown argument {key!r}", key)
+            raise Refused(f"unknown argument {key!a}", key)
         if key in FIXED and value is not None and value != FIXED[key]:
-            raise Refused(f"{key}={str(value)[:80]} is not served, only {FIXED[key]}", key)
+            raise Refused(f"{key}={ascii(value)[:80]} is not served, only {FIXED[key]}", key)
     prompt = read_prompt(chat, body.messages)
     if (room := capacity - len(prompt)) < 1:
         long = f"{len(prompt)} tokens and a reply do not fit into a context of {capacity}"
@@ -155,28 +165,50 @@ def usage(row: Row) -> dict:
     return {"prompt_tokens": prompt, "completion_tokens": reply, "total_tokens": prompt + reply}
 
 
+class Gate:
+    """Looks at the key and the size of a request before its body is read."""
+
+    def __init__(self, app, key: str):
+        self.app, self.key = app, key
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers, wrong = Headers(scope=scope), None
+        how, _, given = headers.get("authorization", "").partition(" ")
+        size = headers.get("content-length", "0" if scope["method"] == "GET" else "")
+        same = hmac.compare_digest(given.encode(), self.key.encode())
+        if self.key and not (how.lower() == "bearer" and same):
+            wrong = Refused("a wrong key, or none", code="invalid_api_key", status=401)
+        elif not size.isdecimal() or int(size) > MOST:
+            wrong = Refused(f"a body has a length, of {MOST} bytes at most", status=413)
+        await (respond(None, wrong) if wrong else self.app)(scope, receive, send)
+
+
 def make_app(desk: Desk, chat: Chat, name: str, key: str = "") -> FastAPI:
     """The endpoint; with a `key` nobody else is answered."""
-    app = FastAPI(title="rlver", docs_url=None, redoc_url=None)
+    app = FastAPI(title="rlver", docs_url=None, redoc_url=None, openapi_url=None)
+    if not key:  # or a page in a browser here could reach it under a name of its own
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
+    app.add_middleware(Gate, key=key)
     app.add_exception_handler(Refused, respond)
 
     @app.exception_handler(RequestValidationError)
     def malformed(request: Request, wrong: RequestValidationError) -> JSONResponse:
         first = wrong.errors()[0]
-        where = ".".join(map(str, first["loc"][1:]))
+        where = ascii(".".join(map(str, first["loc"][1:])))[1:-1]
         return respond(request, Refused(f"{where}: {first['msg']}", where))
 
-    def allow(request: Request) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if key and not hmac.compare_digest(given.encode(), key.encode()):
-            raise Refused("a wrong key, or none", code="invalid_api_key", status=401)
+    @app.exception_handler(HTTPException)
+    def elsewhere(request: Request, wrong: HTTPException) -> JSONResponse:
+        return respond(request, Refused(str(wrong.detail), status=wrong.status_code))
 
-    @app.get("/v1/models", dependencies=[Depends(allow)])
+    @app.get("/v1/models")
     def models() -> dict:
         only = {"id": name, "object": "model", "created": 0, "owned_by": "rlver"}
         return {"object": "list", "data": [only]}
 
-    @app.post("/v1/chat/completions", dependencies=[Depends(allow)])
+    @app.post("/v1/chat/completions")
     async def complete(body: Body, request: Request):
         job = read_job(body, chat, name, desk.engine.capacity)
         desk.submit(job)
@@ -220,7 +252,7 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{__doc__.strip()}\n\n{help_text('python serve.py MODEL_OR_RUN key=value ...')}")
         return 0
-    mine = [arg for arg in argv[1:] if arg.partition("=")[0] in OWN]
+    mine = [arg for arg in argv[1:] if "=" in arg and arg.partition("=")[0] in OWN]
     own, key = OWN | dict(arg.split("=", 1) for arg in mine), os.environ.get(KEY, "")
     policy = find_policy("serve.py", [arg for arg in argv if arg not in mine])
     require(own["queue"].isdecimal(), f"queue is {own['queue']!r}; give how many requests may wait")
@@ -236,17 +268,21 @@ def main(argv: list[str]) -> int:
     engine = ServedEngine(model, sampling, config.slots, config.context_tokens)
     desk = Desk(engine, int(own["queue"]))
     app, (host, port, *_) = make_app(desk, chat, argv[0], key), door.getsockname()
+    host = f"[{host}]" if ":" in host else host
     most = f"{config.slots} requests at once, {own['queue']} may wait"
     print(f"{argv[0]} at http://{host}:{port}/v1; {most}", flush=True)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
     http = threading.Thread(target=server.run, args=([door],))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
-    http.start()
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
+        http.start()
         desk.run()
-    desk.close()
-    server.should_exit = True
-    http.join()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        desk.close()
+        server.should_exit = True
+        http.join()
     return 0
 
 

@@ -73,7 +73,7 @@ class SentientEnv(vf.Env[SentientConfig]):
     async def run(self, task: Person, agents) -> None:
         person, seed = self.people[task.data.person], uuid.uuid4().int >> 65
         dialogue = Dialogue((next(self.count), 0), person, seed)
-        self.user.start(dialogue.key, person, seed)
+        await self.tell(self.user.start, dialogue.key, person, seed)
         dialogue.opening = heard = await self.answer(dialogue.key)
         async with agents.policy.interaction(task) as talk:
             while not dialogue.ended:
@@ -82,21 +82,30 @@ class SentientEnv(vf.Env[SentientConfig]):
                     dialogue.ended = "context_full"
                     break
                 dialogue.turns.append(Turn([], [], [], [], Reply([], said.last_reply), "eos"))
-                self.user.tell(dialogue.key, said.last_reply)
+                await self.tell(self.user.tell, dialogue.key, said.last_reply)
                 dialogue.turns[-1].user = heard = await self.answer(dialogue.key)
                 last = len(dialogue.turns) == self.options.max_turns
                 dialogue.ended = heard.ended or ("max_turns" if last else "")
             talk.trace.info["dialogue"] = log_line(dialogue)
+
+    async def tell(self, method, *arguments) -> None:
+        """Call a method of the user while nobody polls: users are made for one thread."""
+        async with self.asking:
+            method(*arguments)
 
     async def answer(self, key: Key) -> UserTurn:
         """What a person says next. Raises vf.TaskError where they cannot: that rollout counts nowhere.
 
         Whoever polls takes the answers of all; the others wait, and find theirs.
         """
+
+        def poll() -> None:  # in a thread, and to its end even where a rollout is cancelled
+            self.answers.update(self.user.poll(0.2))
+
         while key not in self.answers:
             async with self.asking:
                 if key not in self.answers:
-                    self.answers |= dict(await asyncio.to_thread(self.user.poll, 1.0))
+                    await asyncio.shield(asyncio.to_thread(poll))
         turn = self.answers.pop(key)
         if isinstance(turn, Failed):
             raise vf.TaskError(f"the user failed: {turn.why}")

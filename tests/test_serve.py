@@ -196,6 +196,47 @@ def test_a_body_that_is_no_json_is_refused_and_idle_arguments_are_not(tiny):
     assert ask(client, messages=parts, user="me", top_p=1, n=1).choices[0].message == ask(client).choices[0].message
 
 
+@pytest.mark.parametrize("where, body, headers, status", [
+    ("chat/completions", b"\xff", {}, 400), ("chat/completions", b"[" * 100_000, {}, 400), ("nowhere", b"{}", {}, 404),
+    ("models", b"{}", {}, 405), ("chat/completions", b"x" * ((1 << 22) + 1), {}, 413),
+    ("chat/completions", b'{"model": "m", "messages": [{"role": "user", "content": "\\ud83d"}]}', {}, 400),
+    ("chat/completions", b'{"model": "\\ud83d", "messages": [{"role": "user", "content": "x"}]}', {}, 404),
+    ("chat/completions", b'{"model": "m", "n": "\\ud83d", "messages": [{"role": "user", "content": "x"}]}', {}, 400),
+    ("chat/completions", b'{"model": "m", "messages": [{"role": "user", "content": "", "tool_calls": []}]}', {}, 400),
+    ("chat/completions", b"{}", {"host": "evil.example"}, 400),
+])  # fmt: skip
+def test_whatever_comes_the_answer_is_an_error_and_the_server_goes_on(tiny, where, body, headers, status):
+    client, _ = tiny
+    answer = client._client.post(where, content=body, headers={"content-type": "application/json"} | headers)
+    assert answer.status_code == status
+    assert "host" in headers or answer.json()["error"]["type"] == "invalid_request_error"
+    assert ask(client).usage.completion_tokens
+    root = str(client.base_url).removesuffix("v1/")
+    assert client._client.get(root + "openapi.json").status_code == 404
+
+
+def test_talks_do_not_throw_each_other_out_while_there_is_room(tiny):
+    client, desk = tiny
+    system, costs = "Be kind. " * 10, []
+    talks = {name: [{"role": "system", "content": system}, {"role": "user", "content": name * 60}] for name in "AB"}
+    for _ in range(2):
+        for talk in talks.values():
+            before = desk.engine.tokens_prefilled
+            answer = client.chat.completions.create(model="m", messages=talk, max_tokens=4, temperature=0)
+            costs.append((desk.engine.tokens_prefilled - before, answer.usage.prompt_tokens))
+            reply = {"role": "assistant", "content": answer.choices[0].message.content}
+            talk += [reply, {"role": "user", "content": "And then?"}]
+    assert all(cost < 80 < whole - 105 for cost, whole in costs[2:]), costs
+
+
+def test_a_desk_that_is_closed_says_so(tiny):
+    desk = Desk(tiny[1].engine, 1)
+    desk.close()
+    with pytest.raises(serve.Refused) as caught:
+        desk.submit(None)
+    assert caught.value.status == 503
+
+
 def test_without_the_key_nobody_is_answered():
     with served(tiny_model(), load_tokenizer("bytes"), key="secret") as (client, _):
         assert ask(client).usage.completion_tokens
@@ -205,6 +246,9 @@ def test_without_the_key_nobody_is_answered():
             assert caught.value.code == "invalid_api_key" and "secret" not in str(caught.value)
             with pytest.raises(openai.AuthenticationError):
                 client.with_options(api_key=key).models.list()
+        answers = [client._client.post("chat/completions", content=b"{", headers={"authorization": header})
+                   for header in ("secret", "Basic secret", "")]  # fmt: skip
+        assert [answer.status_code for answer in answers] == [401, 401, 401], "before the body is read"
 
 
 def endless(desk):
@@ -228,7 +272,7 @@ def test_a_full_queue_answers_429_and_a_client_that_goes_frees_its_slot(stream):
         sockets = []
         for count in (1, 2):  # one that is answered, one that waits
             data = json.dumps(body).encode()
-            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
             sockets.append(socket.create_connection((host, port)))
             sockets[-1].sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
             wait_for(lambda n=count: len(desk.active) + len(desk.waiting) == n)

@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,11 @@ PERSON = "en-test-praise-negative"
 FIRST = "First replies matter: you rebuilt every missing bar by ear, and nobody said thank you."
 
 
+def heed() -> None:
+    """Ctrl-C counts, though the tests may run where it is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Keyboard:
     """A process on a pseudo-terminal. `expect` reads on until a pattern comes."""
 
@@ -32,7 +38,7 @@ class Keyboard:
         self.master, slave = pty.openpty()
         environment = os.environ | {"TERM": "dumb"}
         self.process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, pass_fds=(slave,),
-                                        preexec_fn=lambda: os.login_tty(slave))  # fmt: skip
+                                        preexec_fn=lambda: (os.login_tty(slave), heed()))  # fmt: skip
         os.close(slave)
         self.seen, self.at = "", 0
 
@@ -127,6 +133,7 @@ def test_a_talk_with_nobody_in_particular_counts_nowhere_but_can_be_read(model, 
         keys.expect("you> ")
         keys.type(f"{text}\n")
     keys.expect("policy> (.|\n)*you> ")
+    time.sleep(1)  # the prompt stands before the terminal is in its mode
     keys.type("\x03")
     keys.expect("saved: ")
     assert keys.end() == 0
@@ -147,7 +154,7 @@ def test_a_later_turn_costs_its_own_tokens_and_what_is_shown_is_the_reply(byte_t
         costs.append(speaker.engine.tokens_prefilled - before)
     header = len("<|im_start|>user\nReally?<|im_end|>\n<|im_start|>assistant\n") - 4 * len("<|im_end|>")
     assert costs[0] > 100 > costs[1] and abs(costs[1] - costs[2]) <= 4, (costs, header)
-    with pytest.raises(InputError, match="context_tokens"):
+    with pytest.raises(ui_chat.ContextFull):
         speaker.reply("x" * 600, print)
 
 

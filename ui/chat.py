@@ -20,6 +20,10 @@ from users import make_user
 HINT = "an empty line or Ctrl-D ends the talk"
 
 
+class ContextFull(Exception):
+    """A talk has no room for another reply."""
+
+
 class UserFailed(Exception):
     """A simulated person could not answer; the talk ends and is saved as one that failed."""
 
@@ -46,9 +50,12 @@ def command_chat(argv: list[str]) -> int:
             speak(config, policy, dialogue, rate)
     except (EOFError, KeyboardInterrupt):
         print()
+    except ContextFull:
+        dialogue.ended = "context_full"
+        print("\nthe talk has filled context_tokens; give more of them")
     except UserFailed as problem:
         dialogue.ended, dialogue.why = EXCLUDED, str(problem)
-        print(f"the user failed: {problem}")
+        print(plain(f"the user failed: {problem}"))
     if not dialogue.turns:
         print("nothing was said; nothing is saved")
         return 0
@@ -85,7 +92,7 @@ def plain(text: str) -> str:
 
 def ask(prompt: str) -> str:
     """A line from the keyboard. Raises EOFError for an empty one."""
-    line = input(prompt).strip()
+    line = input(prompt).encode(errors="ignore").decode().strip()  # no half characters
     if not line:
         raise EOFError
     return line
@@ -119,16 +126,14 @@ class Speaker:
     def reply(self, said: str, show) -> Turn:
         """The policy's next turn; `show(thought, text)` gets what there is more of both.
 
-        Raises InputError where the talk has filled the context.
+        Raises ContextFull where the talk has filled the context.
         """
         last = self.turns[-1] if self.turns else None
         prompt = (
             next_prompt(self.chat, last, said) if last else self.chat.opening(self.system, said)
         )
-        require(
-            len(prompt) < self.engine.capacity,
-            "the talk has filled context_tokens; give more of them",
-        )
+        if len(prompt) >= self.engine.capacity:
+            raise ContextFull
         self.engine.submit(0, prompt, (self.seed, len(self.turns)), self.cap)
         stream, ended = Stream(self.chat), []
         while not ended:
@@ -164,10 +169,10 @@ def speak(config, policy, dialogue: Dialogue, rate: bool) -> None:
     print(f"{policy.name}; {HINT}.")
     if person.persona:
         print(
-            f"You are {person.id}, who hopes for: {person.intention_label}\n\n"
-            f"{person.persona}\n\n{person.scene}\n"
+            f"You are {plain(person.id)}, who hopes for: {person.intention_label}\n\n"
+            f"{plain(person.persona)}\n\n{plain(person.scene)}\n"
         )
-        print(f"They began: {person.first_talk}\n" if person.first_talk else "")
+        print(f"They began: {plain(person.first_talk)}\n" if person.first_talk else "")
     while True:
         said = ask("you> ")
         if dialogue.turns and dialogue.turns[-1].user:

@@ -87,7 +87,11 @@ class Desk:
     def submit(self, job: Job) -> None:
         """Queue a request. Raises Refused (429) where the queue is full."""
         with self.wake:
-            if len(self.waiting) >= self.most:
+            if self.closed:
+                raise Refused("the server is closing", status=503)
+            self.waiting = deque(job for job in self.waiting if not job.gone)
+            free = len(self.engine.held) - len(self.active)
+            if len(self.waiting) >= self.most + free:
                 wait = f"{self.most} requests wait already; try again"
                 raise Refused(wait, code="rate_limit_exceeded", status=429)
             self.waiting.append(job)
@@ -116,11 +120,11 @@ class Desk:
                     self.hand_out(row, row.slot in ended)
             except Exception as problem:  # whoever waits must hear of it, whatever it was
                 why = f"{type(problem).__name__}: {problem}"
-                print(f"the engine failed: {why}", file=sys.stderr, flush=True)
-                self.engine.forget()
                 for job in self.active.values():
                     job.tell(Refused("the engine failed; the server's log says why", status=500))
                 self.active.clear()
+                print(f"the engine failed: {why}", file=sys.stderr, flush=True)
+                self.engine.forget()
 
     def admit(self) -> bool:
         """Fill free slots, or wait for something to do; False when the server closes."""
@@ -133,13 +137,20 @@ class Desk:
             while free and self.waiting:
                 if (job := self.waiting.popleft()).gone:
                     continue
-                # The slot that holds most of the prompt, such as the talk so far.
-                slot = max(free, key=lambda slot: common(self.engine.held[slot], job.prompt, 0))
+                slot = min(free, key=lambda slot: self.loses(slot, job.prompt))
                 free.remove(slot)
                 self.active[slot], self.engine.heat[slot] = job, job.temperature
                 seed = uuid.uuid4().int if job.seed is None else job.seed
                 self.engine.submit(slot, job.prompt, (seed,), job.cap)
             return not self.closed
+
+    def loses(self, slot: int, prompt: list[int]) -> tuple[int, int]:
+        """What a slot would lose to a prompt, and the less the more of it the slot holds already.
+
+        What others hold of the prompt is copied anyway; so no talk is thrown out while there is room.
+        """
+        shared = common(held := self.engine.held[slot], prompt, 0)
+        return len(held) - shared, -shared
 
     def hand_out(self, row: Row, ended: bool) -> None:
         """Give a request what its row has got; the row ends here where a stop string has come."""

@@ -1,7 +1,7 @@
 // Filters, folding and keys of page.html. Nothing is fetched and nothing is made of text.
 const byId = id => document.getElementById(id), talks = [...document.querySelectorAll(".talk")];
 const shown = () => talks.filter(talk => !talk.hidden);
-const words = talks.map(talk => talk.textContent.toLowerCase());
+const words = talks.map(talk => [...talk.querySelectorAll("b, p, dd, .says")].map(x => x.textContent).join(" ").toLowerCase());
 function filter() {
   const intention = byId("intention").value, outcome = byId("outcome").value, text = byId("text").value.toLowerCase();
   talks.forEach((talk, i) => talk.hidden = !!(intention && talk.dataset.intention !== intention)
@@ -13,7 +13,7 @@ function toggle() {
   shown().forEach(talk => talk.open = open);
 }
 function move(by) {
-  const heads = shown().map(talk => talk.firstElementChild), at = heads.indexOf(document.activeElement);
+  const heads = shown().map(talk => talk.firstElementChild), at = heads.indexOf(document.activeElement.closest(".talk")?.firstElementChild);
   const next = heads[at < 0 ? 0 : Math.min(heads.length - 1, Math.max(0, at + by))];
   if (next) { next.focus(); next.scrollIntoView({block: "center"}); }
 }
