@@ -1,4 +1,4 @@
-"""A run's folder: config.json, kernels.json, env.txt, metrics.jsonl, dialogues.jsonl, tb/ ckpt/ eval/.
+"""A run's folder: config.json, kernels.json, env.txt, metrics.jsonl, dialogues.jsonl, tb/, eval/.
 
 JSON lines are the truth, TensorBoard a copy. Only the main rank writes. ckpt/ is checkpoint.py's.
 `find_policy` reads one: the policy that a command is given as MODEL_OR_RUN.

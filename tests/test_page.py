@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from config import InputError
 from eval import main
 from score import by_profile, paired_bootstrap, read_log, summary
 from ui.page import logs_of, paired
@@ -84,7 +85,7 @@ def test_whatever_a_model_says_stays_text(tmp_path):
     for row in found:
         row["history"][2]["planning"]["change"] = EVIL
     write(tmp_path / "dialogues.jsonl", found)
-    with pytest.raises(Exception, match="not of SAGE's log format"):
+    with pytest.raises(InputError, match="dialogues.jsonl:1: not of SAGE's log format"):
         main(["page", str(tmp_path / "dialogues.jsonl"), "-o", str(tmp_path / "b.html")])
     assert not (tmp_path / "b.html").exists()
 
@@ -182,3 +183,57 @@ def test_a_browser_can_filter_and_fold_by_click_and_by_key(chromium, tmp_path, t
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert page.title().startswith("rlver") and wrong == []
     page.close()
+
+
+def refused(path: str, out: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        main(["page", path, "-o", str(out)])
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_log_that_is_off_is_one_line_that_names_the_row_and_the_older_page_stays(tmp_path):
+    out = tmp_path / "a.html"
+    out.write_text("older")
+    for spoil, words in (
+        (lambda row: row.update(emo_point="high"), "could not convert"),
+        (lambda row: row.update(emo_point=float("inf")), "emo_point is inf"),
+        (lambda row: row.update(emo_point=10**400), "OverflowError"),
+        (lambda row: row["history"][2]["planning"].pop("change"), "KeyError"),
+        (lambda row: row["history"][2].update({"emotion-point": "fine"}), "could not convert"),
+        (lambda row: row.update(history="none"), "AttributeError"),
+    ):
+        found = rows()
+        spoil(found[1])
+        message = refused(write(tmp_path / "log.jsonl", found), out)
+        assert words in message and (":2:" in message or found[1]["id"] in message), message
+    assert out.read_text() == "older" and not list(tmp_path.glob(".a.html"))
+    (tmp_path / "b.html").mkdir()
+    assert "b.html: cannot be written" in refused(str(LOG), tmp_path / "b.html")
+    assert "wants LOG_OR_RUN" in refused(str(LOG), tmp_path / "a.txt")
+
+
+def test_a_log_with_less_than_ours_is_shown(tmp_path):
+    """SAGE's own logs have thoughts under another name and no endings; some have less than that."""
+    found = rows()[:3]
+    for message in found[0]["history"]:
+        message.pop("content")
+        message.get("planning", {}).pop("analyse", None)
+    for row in found:
+        row.pop("ended")
+    found[1]["history"][1] |= {"think": "a thought of SAGE's", "content": "half \ud83d"}
+    found[2] |= {"history": []}
+    found.append({"id": "x", "status": "failed", "history": [{"role": "user", "content": "hello"}]})
+    out = tmp_path / "a.html"
+    assert main(["page", write(tmp_path / "a.jsonl", found), "-o", str(out)]) == 0
+    html = out.read_text(encoding="utf-8")
+    assert "a thought of SAGE&#39;s" in html and "goodbye or max_turns" in html and "half ?" in html
+    assert "<option>failed</option>" in html and "nan" not in html.split("<svg")[0]
+
+
+def test_two_logs_of_different_people_are_not_called_before_and_after(tmp_path):
+    second = write(tmp_path / "b.jsonl", [row | {"scene": "another"} for row in rows()])
+    out = tmp_path / "a.html"
+    assert main(["page", str(LOG), second, "-o", str(out)]) == 0
+    html = out.read_text(encoding="utf-8")
+    assert "Two logs" in html and "Before and after" not in html and "these are not the same people" in html

@@ -1,4 +1,4 @@
-"""The desk of serve.py: a queue before the engine's slots, and the loop that steps the engine for all.
+"""The desk of serve.py: a queue before the engine's slots, and the loop that steps the engine.
 
 Requests come from another thread, that of the HTTP server, and hear what they get through their own
 event loop. Nothing here knows of HTTP.
@@ -108,8 +108,8 @@ class Desk:
     def run(self) -> None:
         """Step the engine until `close`.
 
-        In the thread that has loaded the model: with two that have worked, OpenMP's teams are more than
-        the cores, and their barriers sleep where they would spin (a third slower on two cores).
+        In the thread that has loaded the model: with two that have worked, OpenMP's teams are more
+        than the cores, and barriers sleep where they would spin (a third slower on two cores).
         """
         while self.admit():
             if not self.engine.busy:
@@ -147,7 +147,7 @@ class Desk:
     def loses(self, slot: int, prompt: list[int]) -> tuple[int, int]:
         """What a slot would lose to a prompt, and the less the more of it the slot holds already.
 
-        What others hold of the prompt is copied anyway; so no talk is thrown out while there is room.
+        What others hold of it is copied anyway; so no talk is thrown out while there is room.
         """
         shared = common(held := self.engine.held[slot], prompt, 0)
         return len(held) - shared, -shared

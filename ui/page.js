@@ -1,4 +1,3 @@
-// Filters, folding and keys of page.html. Nothing is fetched and nothing is made of text.
 const byId = id => document.getElementById(id), talks = [...document.querySelectorAll(".talk")];
 const shown = () => talks.filter(talk => !talk.hidden);
 const words = talks.map(talk => [...talk.querySelectorAll("b, p, dd, .says")].map(x => x.textContent).join(" ").toLowerCase());

@@ -65,8 +65,8 @@ def logs_of(path: Path) -> list[Log]:
         rows, name, about = read_log(str(file)), str(file), file.parent / "settings.json"
         if file.parent == path and (step := rows[-1].get("step")):
             rows, name = [row for row in rows if row.get("step") == step], f"{file}, step {step}"
-        known = path.is_dir() and about.is_file()  # beside any other file it may be anybody's
-        logs.append((name, rows, read_json(about) if known else {}))
+        # Beside a file that was named alone it may be anybody's.
+        logs.append((name, rows, read_json(about) if path.is_dir() and about.is_file() else {}))
     return logs
 
 
@@ -135,8 +135,7 @@ def side(row: dict) -> dict:
             change = float(m["planning"]["change"])
             m["planning"] = m["planning"] | {"change": change, "features": told}
         history.append(m)
-    path = emotions(row)
-    wide = 80 / max(1, len(path) - 1)
+    path, wide = emotions(row), 80 / max(1, len(emotions(row)) - 1)
     points = " ".join(f"{wide * n:.1f},{24 - 0.24 * x:.1f}" for n, x in enumerate(path))
     return {"final": final, "ended": row.get("ended") or ended, "why": row.get("why", ""),
             "points": points, "history": history}  # fmt: skip
@@ -160,8 +159,7 @@ def draw_turns(figure: Figure, logs: list[Log]) -> None:
         paths = [path for path in map(emotions, completed(rows)) if path]
         for path in paths:
             axes.plot(path, color=colour, alpha=0.15, linewidth=0.8)
-        longest = max(map(len, paths), default=0)
-        held = [path + path[-1:] * (longest - len(path)) for path in paths]
+        held = [path + path[-1:] * (max(map(len, paths)) - len(path)) for path in paths]
         if held:
             axes.plot(np.mean(held, axis=0), color=colour, linewidth=2.5, label=f"mean of log {n}")
             axes.legend()
