@@ -26,7 +26,7 @@ import serve
 from chat import banned_ids, load_tokenizer, make_chat
 from checkpoint import load_model
 from config import Config
-from engine import Sampling
+from engine import Sampling, block_sums
 from score import mismatches
 from simulator import Appraisal, EmotionRules, Failed, UserTurn
 from ui.desk import Desk, News, ServedEngine
@@ -485,3 +485,18 @@ def test_a_person_who_has_left_is_not_talked_to_any_more_and_one_who_fails_count
             row = talk.trace.info["dialogue"]
             assert end is None and row["ended"] == "left" and mismatches(row, "here") == []
             assert asyncio.run(rlver_env.Person.emotion(None, talk.trace)) == pytest.approx(0.07)
+
+
+def test_each_slot_is_sampled_at_its_own_temperature_and_ties_at_0_go_to_the_first():
+    model, slots = tiny_model(), 200
+    engine = ServedEngine(model, Sampling(torch.zeros(264, dtype=torch.bool)), slots, 8)
+    engine.noise[:slots, 3] = (torch.arange(slots) + 0.5) / slots
+    odds = torch.zeros(slots, 264)
+    odds[:, 5], odds[:, 9], odds[:, 70] = 1.0, 1.0, 0.25
+    slot, position = torch.arange(slots), torch.full((slots,), 3)
+    for heat in (0.0, 0.5, 1.0, 2.0):
+        engine.heat[:] = heat
+        chosen = engine.choose(odds, block_sums(odds), slot, position)
+        last = 0.25 ** (1 / heat) if heat else 0.0
+        expected = [1 / (2 + last), 1 / (2 + last), last / (2 + last)] if heat else [1.0, 0.0, 0.0]
+        assert [(chosen == token).float().mean().item() for token in (5, 9, 70)] == pytest.approx(expected, abs=0.006)
