@@ -4,7 +4,6 @@ Either talk becomes a log in SAGE's format, which `score`, `verify`, `page` and 
 `--rate` it holds your own changes of emotion, in the user's place or beside its own.
 """
 
-import readline  # noqa: F401 - lets `input` edit a line
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +29,7 @@ class UserFailed(Exception):
 
 def command_chat(argv: list[str]) -> int:
     """Hold a talk with a policy, or with `--supporter` one with a simulated person; both saved."""
+    import readline  # noqa: F401 - lets `input` edit a line; imported anywhere else it may print
     flags = [arg for arg in argv if arg.startswith("--")]
     own = dict(arg.split("=", 1) for arg in argv if arg.startswith(("person=", "log=")))
     rest = [arg for arg in argv if arg not in flags and not arg.startswith(("person=", "log="))]
