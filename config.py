@@ -12,17 +12,29 @@ import json
 import math
 import os
 import runpy
+import sys
 import textwrap
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 DTYPES = ("auto", "fp32", "bf16")
-MODES, ASKED = ("vanilla", "challenging"), ("llm", "local")  # users' modes; those asked by prompts
+MODES = ("vanilla", "challenging")
+ASKED = ("llm", "local")  # users that are a language model
 
 
 class InputError(Exception):
     """Something that was given is wrong. The message is one line: where, what and the remedy."""
+
+
+def run_main(main) -> None:
+    """End a program as `main(argv)` does; bad input is one line on stderr and exit code 2."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except InputError as error:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once a node: its files may differ
+            print(error, file=sys.stderr)
+        sys.exit(2)
 
 
 def require(fine, message: str) -> None:

@@ -66,6 +66,12 @@ def compute_type(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if half else torch.float32
 
 
+def single(config: Config) -> World:
+    """This process by itself, on the device of its config and in its precision."""
+    device = pick_device(config)
+    return World(device=device, dtype=compute_type(config.precision, device))
+
+
 def start(config: Config) -> World:
     """Join torchrun's group; a GPU alone makes its own. Raises InputError if options do not fit."""
     device, several = pick_device(config), int(os.environ.get("WORLD_SIZE", 1)) > 1

@@ -29,11 +29,11 @@ from tqdm import tqdm
 from checkpoint import check_files, save_adapter, save_model
 
 from config import (ASKED, Config, InputError, add_rows, help_text, own_rows,  # isort: skip
-                    read_json, read_saved, require, save_config, without_nan, write_rows)  # fmt: skip
+                    read_json, read_saved, require, run_main, save_config, without_nan, write_rows)  # fmt: skip
 from score import (by_profile, interval, mismatches, paired_bootstrap, read_log,  # isort: skip
                    score_line, score_text, summary)  # fmt: skip
 from chat import load_tokenizer, make_chat
-from dist import World, compute_type, pick_device
+from dist import World, single
 from judges.gauge import command_gauge
 from judges.shadow import second_look
 from model import Transformer, find_folder
@@ -111,11 +111,10 @@ def command_run(argv: list[str]) -> int:
     """
     out = next((arg[4:] for arg in argv if arg.startswith("out=")), "")
     policy = find_policy("eval.py run", [arg for arg in argv if not arg.startswith("out=")])
-    config, device = policy.config, pick_device(policy.config)
+    config, world = policy.config, single(policy.config)
     within = f"eval/{policy.checkpoint.name if policy.checkpoint else 'final'}"
     named = f"runs/eval-{Path(policy.name).name}"
     folder = Path(out or (policy.run / within if policy.run else named))
-    world = World(device=device, dtype=compute_type(config.precision, device))
     load_profiles(config.eval_profiles)  # whatever is wrong is said before weights are loaded
     settings = describe(config, f"{policy.name} ({fingerprint(*policy.files())})", world)
     log = begin_evaluation(folder, settings)
@@ -278,7 +277,7 @@ def command_compare(argv: list[str]) -> int:
 
 COMMANDS = {"run": command_run, "export": command_export, "score": command_score,
             "verify": command_verify, "compare": command_compare, "gauge": command_gauge,
-            "chat": command_chat, "page": command_page, "report": command_page}  # fmt: skip
+            "chat": command_chat, "page": command_page, "report": command_page}  # one command, two names  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
@@ -292,8 +291,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

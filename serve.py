@@ -15,7 +15,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -31,8 +30,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from chat import Chat, Stream, banned_ids, make_chat
-from config import InputError, help_text, require
-from dist import World, compute_type, pick_device
+from config import InputError, help_text, require, run_main
+from dist import single
 from engine import Row, Sampling
 from rundir import find_policy, use_kernels
 from ui.desk import Desk, Job, News, Refused, ServedEngine
@@ -258,9 +257,8 @@ def main(argv: list[str]) -> int:
     require(own["queue"].isdecimal(), f"queue is {own['queue']!r}; give how many requests may wait")
     need = f"host={own['host']} is open to others; put a key into {KEY}, or leave host out"
     require(key or own["host"] in LOOPBACK, need)
-    config, device = policy.config, pick_device(policy.config)
+    config, world = policy.config, single(policy.config)
     door = listen(own["host"], own["port"])
-    world = World(device=device, dtype=compute_type(config.precision, device))
     print(use_kernels(config, policy.run, world), flush=True)
     model, tokenizer = policy.load(world)
     chat = make_chat(tokenizer, config.think)
@@ -287,8 +285,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

@@ -35,7 +35,9 @@ from tqdm import tqdm
 from checkpoint import (SaveError, agree, check_files, checkpoints, load_checkpoint,  # isort: skip
                         newest_sound, prune, save_adapter, save_checkpoint, save_model)  # fmt: skip
 from chat import load_tokenizer, make_chat
-from config import Config, InputError, help_text, load_config, own_rows, write_rows
+
+from config import (Config, InputError, help_text, load_config, own_rows,  # isort: skip
+                    run_main, write_rows)  # fmt: skip
 from dist import World, close, gathered, refill, start
 from eval import describe, evaluate, join_evaluation, write_evaluation
 from judges.shadow import parted
@@ -385,9 +387,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except InputError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once a node: its files may differ
-            print(error, file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

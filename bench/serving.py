@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import serve  # noqa: E402
 from chat import banned_ids, make_chat  # noqa: E402
-from dist import World, compute_type, pick_device  # noqa: E402
+from dist import single  # noqa: E402
 from engine import Sampling  # noqa: E402
 from rundir import find_policy, use_kernels  # noqa: E402
 from ui.desk import ServedEngine  # noqa: E402
@@ -63,8 +63,7 @@ async def load(url: str, name: str, clients: int, seconds: float, tokens: int) -
 def alone(argv: list[str], slots: int, tokens: int, total: int) -> float:
     """Tokens a second of the engine with the same kind of requests, no server around it."""
     policy = find_policy("bench/serving.py", argv)
-    config, device = policy.config, pick_device(policy.config)
-    world = World(device=device, dtype=compute_type(config.precision, device))
+    config, world = policy.config, single(policy.config)
     print(use_kernels(config, None, world))
     model, tokenizer = policy.load(world)
     chat = make_chat(tokenizer, False)

@@ -33,7 +33,7 @@ class PeopleConfig(vf.TasksetConfig):
     """Options of train.py such as `profiles=data/en_test.jsonl user=offline max_turns=8 start_emotion=40`."""
 
     def read(self) -> Config:
-        """Our options; files without a folder of their own lie in the repository."""
+        """Our options. Relative paths of profiles are the repository's."""
         return load_config(self.options.split())
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from config import InputError, read_rows, require  # noqa: E402
+from config import read_rows, require, run_main  # noqa: E402
 from judges.gauge import JUDGED, bootstrap, everybody, judged  # noqa: E402
 from simulator import load_profiles  # noqa: E402
 
@@ -228,8 +228,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_main(lambda argv: main())

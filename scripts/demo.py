@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from config import InputError, load_config, read_json  # noqa: E402
+from config import load_config, read_json, run_main  # noqa: E402
 from score import read_log  # noqa: E402
 from simulator import load_profiles  # noqa: E402
 from users import user_name  # noqa: E402
@@ -106,8 +106,4 @@ expect     about twenty minutes on two CPU cores""")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

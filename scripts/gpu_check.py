@@ -45,7 +45,7 @@ import dist  # noqa: E402
 import engine as engines  # noqa: E402
 import model as models  # noqa: E402
 from chat import Reply  # noqa: E402
-from config import Config, InputError, load_config, own_rows  # noqa: E402
+from config import Config, InputError, load_config, own_rows, run_main  # noqa: E402
 from engine import Decode, Engine, Row, Sampling  # noqa: E402
 from model import PackedAttention, Transformer, ValueHead, predictors, token_logprobs  # noqa: E402
 from rollout import Dialogue, Turn  # noqa: E402
@@ -696,8 +696,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from config import Config, InputError, load_config, read_json  # noqa: E402
+from config import Config, InputError, load_config, read_json, run_main  # noqa: E402
 from engine import PREFILL  # noqa: E402
 from model import CHUNK, ModelConfig, find_folder  # noqa: E402
 from simulator import load_profiles  # noqa: E402
@@ -355,8 +355,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from chat import Chat, banned_ids, load_tokenizer, make_chat  # noqa: E402
 from checkpoint import load_model, save_model  # noqa: E402
-from config import InputError, load_config, read_rows  # noqa: E402
+from config import InputError, load_config, read_rows, run_main  # noqa: E402
 from kernels import use  # noqa: E402
 from rollout import Trajectory, make_talk, pack, split  # noqa: E402
 from update import forward  # noqa: E402
@@ -75,8 +75,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

@@ -53,7 +53,7 @@ def test_budgets_of_files_and_lines():
     assert len(top) <= 17
     # 3,700 before kernels.py, CUDA graphs, shared prompts, log-probabilities with a gradient of their own, and
     # text while it is sampled.
-    assert sum(len(lines[path]) for path in top if path.name != "serve.py") <= 4075
+    assert sum(len(lines[path]) for path in top if path.name != "serve.py") <= 4090
     assert len(lines[ROOT / "serve.py"]) <= 300
     assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("ui/page.*")) <= 300
     for folder, most in (("users", 1210), ("judges", 450), ("ui", 600)):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from chat import Reply, Stream, make_chat
 from config import InputError, add_rows, load_config, require
-from dist import World, compute_type, pick_device
+from dist import single
 from rollout import Dialogue, Turn, log_line, make_engine, make_talk, next_prompt
 from rundir import check_writable, find_policy
 from simulator import EXCLUDED, Appraisal, EmotionRules, Failed, Profile, UserTurn, load_profiles
@@ -114,56 +114,39 @@ class Speaker:
     """A policy that talks with one person, keys and values kept from turn to turn."""
 
     def __init__(self, config, model, tokenizer, language: str):
-        self.chat, self.system = (
-            make_chat(tokenizer, config.think),
-            make_talk(config, False).systems[language],
-        )
-        self.engine = make_engine(
-            replace(config, temperature=config.eval_temperature), model, self.chat, 1
-        )
-        self.cap, self.seed, self.turns = config.reply_tokens, config.eval_seed, []
+        self.chat = make_chat(tokenizer, config.think)
+        self.system = make_talk(config, training=False).systems[language]
+        own = replace(config, temperature=config.eval_temperature)
+        self.engine = make_engine(own, model, self.chat, 1)
+        self.cap, self.seed = config.reply_tokens, config.eval_seed
 
-    def reply(self, said: str, show) -> Turn:
-        """The policy's next turn; `show(thought, text)` gets what there is more of both.
+    def reply(self, turns: list[Turn], said: str, show) -> Turn:
+        """The policy's turn behind these; `show(thought, text)` gets what there is more of both.
 
         Raises ContextFull where the talk has filled the context.
         """
-        last = self.turns[-1] if self.turns else None
-        prompt = (
-            next_prompt(self.chat, last, said) if last else self.chat.opening(self.system, said)
-        )
-        if len(prompt) >= self.engine.capacity:
+        engine, chat = self.engine, self.chat
+        begin = chat.opening(self.system, said)
+        prompt = next_prompt(chat, turns[-1], said) if turns else begin
+        if len(prompt) >= engine.capacity:
             raise ContextFull
-        self.engine.submit(0, prompt, (self.seed, len(self.turns)), self.cap)
-        stream, ended = Stream(self.chat), []
-        while not ended:
-            ended = self.engine.step()
-            ids = (
-                ended[0].sampled
-                if ended
-                else self.engine.ids[self.engine.sampled(self.engine.live[0])].tolist()
-            )
-            show(*stream.more(ids, bool(ended)))
-        row = ended[0]
-        self.turns.append(
-            Turn(
-                row.prompt,
-                row.sampled,
-                row.logps,
-                row.values,
-                self.chat.read(row.sampled),
-                row.stop,
-            )
-        )
-        return self.turns[-1]
+        engine.submit(0, prompt, (self.seed, len(turns)), self.cap)
+        stream = Stream(chat)
+        while not (ended := engine.step()):
+            show(*stream.more(engine.ids[engine.sampled(engine.live[0])].tolist(), False))
+        (row,) = ended
+        show(*stream.more(row.sampled, True))
+        reply = chat.read(row.sampled)
+        return Turn(row.prompt, row.sampled, row.logps, row.values, reply, row.stop)
+
+
+def show(thought: str, text: str) -> None:
+    print(plain(thought + text), end="", flush=True)
 
 
 def speak(config, policy, dialogue: Dialogue, rate: bool) -> None:
     """You are the user. With `rate` you say after each reply what it did to you."""
-    device = pick_device(config)
-    model, tokenizer = policy.load(
-        World(device=device, dtype=compute_type(config.precision, device))
-    )
+    model, tokenizer = policy.load(single(config))
     person, rules = dialogue.profile, EmotionRules(start=config.eval_start_emotion)
     speaker, emotion = Speaker(config, model, tokenizer, person.language), rules.start
     print(f"{policy.name}; {HINT}.")
@@ -182,9 +165,7 @@ def speak(config, policy, dialogue: Dialogue, rate: bool) -> None:
         else:
             dialogue.turns[-1].user = UserTurn(said, emotion)
         print("policy> ", end="", flush=True)
-        turn = speaker.reply(
-            said, lambda thought, text: print(plain(thought + text), end="", flush=True)
-        )
+        turn = speaker.reply(dialogue.turns, said, show)
         print("" if turn.stop == "eos" else " [cut]")
         dialogue.turns.append(turn)
         if rate:
