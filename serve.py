@@ -9,7 +9,6 @@ be done otherwise than asked (tools, top_p, several choices) is refused.
 """
 
 import asyncio
-import contextlib
 import hmac
 import json
 import os
@@ -131,17 +130,23 @@ def read_job(body: Body, chat: Chat, name: str, capacity: int) -> Job:
 
 async def news(job: Job, request: Request) -> AsyncIterator[News]:
     """A request's news until the last; none once its client is gone. Raises Refused."""
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        job.events.put_nowait(None)
+
+    watching = asyncio.create_task(watch())
     try:
-        while not await request.is_disconnected():
-            with contextlib.suppress(TimeoutError):
-                event = await asyncio.wait_for(job.events.get(), 0.5)
-                if isinstance(event, Refused):
-                    raise event
-                yield event
-                if event.row:
-                    return
+        while event := await job.events.get():
+            if isinstance(event, Refused):
+                raise event
+            yield event
+            if event.row:
+                return
     finally:
         job.gone = True
+        watching.cancel()
 
 
 def choice(chat: Chat, body: Body, job: Job, event: News, content: dict) -> dict:

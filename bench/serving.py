@@ -3,8 +3,9 @@
     python bench/serving.py models/smollm2-135m-instruct clients=64 slots=8 seconds=120 tokens=32
 
 Every client asks again as soon as it is answered, each time another question, streamed or not in turn. Counted:
-answers, errors, tokens a second, waiting times. The engine alone samples the same number of tokens from the same
-prompts, always as many rows as there are slots, with nobody between. Nothing else should run on the machine.
+answers, errors, tokens a second, waiting times. The engine alone samples from the same prompts, always as many rows
+as there are slots, with nobody between, once before and once after, since machines get faster and slower. Nothing
+else should run.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import openai
 import torch
@@ -60,7 +61,10 @@ async def load(url: str, name: str, clients: int, seconds: float, tokens: int) -
             "rate": sum(counts) / whole, "median": median(waits), "worst": max(waits)}  # fmt: skip
 
 
-def alone(argv: list[str], slots: int, tokens: int, total: int) -> float:
+ALONE = 3000  # tokens
+
+
+def alone(argv: list[str], slots: int, tokens: int) -> float:
     """Tokens a second of the engine with the same kind of requests, no server around it."""
     policy = find_policy("bench/serving.py", argv)
     config, world = policy.config, single(policy.config)
@@ -70,7 +74,7 @@ def alone(argv: list[str], slots: int, tokens: int, total: int) -> float:
     sampling = Sampling(banned_ids(tokenizer, model.config.vocab_size, (chat.end,)), (chat.end,))
     engine = ServedEngine(model, sampling, slots, config.context_tokens)
     free, number, done, begun = list(range(slots)), 0, 0, time.perf_counter()
-    while done < total:
+    while done < ALONE:
         while free:
             messages = [serve.Message(**m) for m in question(number % 64, 1 + number // 64)]
             engine.submit(free.pop(), serve.read_prompt(chat, messages), (number,), tokens)
@@ -85,6 +89,7 @@ def main() -> None:
     own = {"clients": "64", "slots": "8", "seconds": "120", "tokens": "32"}
     own |= dict(arg.split("=", 1) for arg in sys.argv[1:] if arg.split("=")[0] in own)
     argv = [arg for arg in sys.argv[1:] if arg.split("=")[0] not in own]
+    rates = [alone(argv, int(own["slots"]), int(own["tokens"]))]
     command = [sys.executable, "serve.py", *argv, f"slots={own['slots']}", "port=0"]
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
@@ -95,10 +100,11 @@ def main() -> None:
     finally:
         server.terminate()
         server.wait()
-    rate = alone(argv, int(own["slots"]), int(own["tokens"]), found["tokens"])
+    rates.append(alone(argv, int(own["slots"]), int(own["tokens"])))
     print(f"{own['clients']} clients on {own['slots']} slots: {found['answers']} answers, {len(found['errors'])} lost, "
           f"{found['tokens']} tokens in {found['seconds']:.0f} s\n"
-          f"{found['rate']:.1f} tokens/s served, {rate:.1f} by the engine alone ({found['rate'] / rate:.3f})\n"
+          f"{found['rate']:.1f} tokens/s served, {rates[0]:.1f} before and {rates[1]:.1f} after by the engine alone "
+          f"({found['rate'] / fmean(rates):.3f} of their mean)\n"
           f"an answer waits {found['median']:.1f} s in the median, {found['worst']:.1f} s at most; "
           f"{torch.get_num_threads()} threads")  # fmt: skip
     print(*found["errors"][:5], sep="\n", end="")

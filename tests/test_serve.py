@@ -306,8 +306,8 @@ def test_a_thought_is_told_apart_from_the_reply():
     chat = make_chat(load_tokenizer("bytes"), think=True)
 
     class Present:
-        async def is_disconnected(self):
-            return False
+        async def receive(self):
+            await asyncio.sleep(60)
 
     async def told(stream):
         body = serve.Body(model="m", messages=[{"role": "user", "content": "hi"}], stream=stream)

@@ -67,7 +67,7 @@ class Job:
     live: bool  # wants news before the end
     stream: Stream
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
-    events: asyncio.Queue[News | Refused] = field(default_factory=asyncio.Queue)
+    events: asyncio.Queue[News | Refused | None] = field(default_factory=asyncio.Queue)
     given: int = 0  # ids handed out
     gone: bool = False
 
